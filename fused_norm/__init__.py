@@ -1,0 +1,25 @@
+"""fused_norm: fused LayerNorm and RMSNorm, and the ticks loss, as drop-ins for PyTorch.
+
+import fused_norm
+import fused_norm.functional as FF
+"""
+
+from . import functional
+from .dispatch import available_backends, use_backend
+from .modules import LayerNorm, RMSNorm, TicksCrossEntropyLoss, TicksLoss
+from .patch import PatchReport, patch, unpatch
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LayerNorm",
+    "PatchReport",
+    "RMSNorm",
+    "TicksCrossEntropyLoss",
+    "TicksLoss",
+    "available_backends",
+    "functional",
+    "patch",
+    "unpatch",
+    "use_backend",
+]

@@ -1,0 +1,128 @@
+"""Which backend serves a call. This is the only place that chooses.
+
+``auto`` takes the first of the list for the tensor's device that can run here, and logs once why an earlier one could
+not. A backend asked for by name, with :func:`use_backend` or the environment variable ``FUSED_NORM_BACKEND``, runs or
+raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import logging
+import os
+from collections.abc import Iterator
+from contextvars import ContextVar
+from types import ModuleType
+
+import torch
+
+_MODULES = {
+    "triton": "fused_norm.backends.triton",
+    "native": "fused_norm.backends.native",
+    "torch": None,  # torch's own function: no module of ours
+    "reference": "fused_norm.reference",
+}
+_AUTO_ORDER = {"cuda": ("triton", "native", "torch"), "cpu": ("native", "torch")}
+
+_log = logging.getLogger("fused_norm")
+
+
+def _checked(name: str) -> str:
+    if name != "auto" and name not in _MODULES:
+        raise ValueError(f"unknown fused_norm backend {name!r}; the backends are {', '.join(('auto', *_MODULES))}")
+    return name
+
+
+_default = _checked(os.environ.get("FUSED_NORM_BACKEND") or "auto")
+_chosen: ContextVar[str] = ContextVar("fused_norm_backend", default=_default)
+
+
+def _module(name: str) -> ModuleType | None:
+    return None if _MODULES[name] is None else importlib.import_module(_MODULES[name])
+
+
+def _unavailable(name: str, op: str, device_type: str) -> str | None:
+    """Why backend ``name`` cannot run ``op`` on ``device_type`` on this machine, or None if it can."""
+    module = _module(name)
+    if module is None:
+        return None
+    if not hasattr(module, f"{op}_forward"):
+        return f"it has no {op} kernel"
+    return module.unavailable(device_type)
+
+
+@functools.cache
+def _auto(op: str, device_type: str) -> ModuleType | None:
+    missing = []
+    for name in _AUTO_ORDER.get(device_type, ("torch",)):
+        module = _module(name)
+        if module is not None and not hasattr(module, f"{op}_forward"):
+            continue  # nothing is missing on this machine
+        reason = _unavailable(name, op, device_type)
+        if reason is None:
+            if missing:
+                _log.warning("backend %r serves %s on %s tensors: %s", name, op, device_type, "; ".join(missing))
+            return module
+        missing.append(f"{name} cannot: {reason}")
+    raise AssertionError("the torch backend serves every device")
+
+
+@functools.cache
+def _named(name: str, op: str, device_type: str) -> ModuleType | None:
+    reason = _unavailable(name, op, device_type)
+    if reason is not None:
+        raise RuntimeError(
+            f"fused_norm backend {name!r} was asked for, but cannot run {op} on {device_type} tensors: {reason}"
+        )
+    return _module(name)
+
+
+def chosen() -> str:
+    """The name in force for this thread (or task): ``auto`` unless the user chose another."""
+    return _chosen.get()
+
+
+def select(op: str, device_type: str) -> ModuleType | None:
+    """The backend module for ``op`` ("norm" or "ticks") on ``device_type``; None for torch's own function.
+
+    Raises RuntimeError if the user chose a backend that cannot run there.
+    """
+    name = _chosen.get()
+    return _auto(op, device_type) if name == "auto" else _named(name, op, device_type)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Context manager: calls inside run on backend ``name``, in this thread (or asyncio task) alone.
+
+    Args:
+        name: ``"auto"``, ``"triton"``, ``"native"``, ``"torch"`` or ``"reference"``. Backward runs on the backend that
+            forward ran on, inside the context or not.
+
+    Raises:
+        ValueError: if there is no such backend. A call raises RuntimeError if the backend cannot run on its tensors.
+    """
+    token = _chosen.set(_checked(name))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def device_types() -> list[str]:
+    """The device types present on this machine: always ``cpu``, then the accelerator's if there is one."""
+    found = ["cpu"]
+    if torch.accelerator.is_available():
+        found.append(torch.accelerator.current_accelerator().type)
+    return found
+
+
+def available_backends() -> dict[str, str | None]:
+    """For each backend None if it can run on some device of this machine, else the reason why it cannot."""
+    result: dict[str, str | None] = {}
+    for name in _MODULES:
+        reasons = [_unavailable(name, "norm", device_type) for device_type in reversed(device_types())]
+        result[name] = None if None in reasons else reasons[0]
+    return result

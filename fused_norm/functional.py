@@ -1,0 +1,333 @@
+"""The public functions: validate once, choose a backend, run it under autograd.
+
+Every function does what its counterpart in ``torch.nn.functional`` does; what no kernel serves (tensor subclasses,
+other devices and dtypes, empty input, torch.func transforms, forward-mode AD, torch.compile) is handed to torch's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from . import dispatch, reference
+from .autograd import Norm, Ticks, norm_forward, transforms_active
+
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+_LOW_PRECISION = frozenset({torch.bfloat16, torch.float16})
+_DTYPES = frozenset({torch.float64, torch.float32}) | _LOW_PRECISION
+_DTYPE_NAMES = "float64, float32, bfloat16 and float16"
+_is_compiling = torch.compiler.is_compiling
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    r"""Layer normalisation over the trailing dimensions: :func:`torch.nn.functional.layer_norm`, fused.
+
+    ``y = (x - mean)/sqrt(var + eps) * weight + bias`` with the mean and the biased variance of each row (Ba, Kiros and
+    Hinton, "Layer Normalization", 2016); derivation of the gradients in docs/math.md.
+
+    Args:
+        input: shape ``(*, *normalized_shape)``, any layout; fp64, fp32, bf16 or fp16.
+        normalized_shape: the trailing dimensions that make a row.
+        weight, bias: shape ``normalized_shape``, in input's dtype, or fp32 for bf16 and fp16 input.
+        eps: added to the variance.
+
+    Returns:
+        A contiguous tensor of input's shape and dtype. Statistics and sums are taken in fp32 (fp64 for fp64 input).
+
+    Raises:
+        RuntimeError: shapes that do not fit, an empty ``normalized_shape``, parameters of another dtype or device, or a
+            backend asked for by name that cannot run.
+        NotImplementedError: a dtype layer_norm is not defined for.
+        TypeError: arguments of the wrong type, as torch raises it.
+    """
+    return _norm(layer_norm, False, input, normalized_shape, weight, bias, eps)
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    r"""Root-mean-square normalisation over the trailing dimensions: :func:`torch.nn.functional.rms_norm`, fused.
+
+    ``y = x/sqrt(mean(x^2) + eps) * weight`` (Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019);
+    derivation of the gradients in docs/math.md.
+
+    Args:
+        input: shape ``(*, *normalized_shape)``, any layout; fp64, fp32, bf16 or fp16. Complex input goes to torch's own.
+        normalized_shape: the trailing dimensions that make a row.
+        weight: shape ``normalized_shape``, of any floating dtype.
+        eps: added to the mean square; None is the machine epsilon of fp32 (fp64 for fp64 input), as in torch.
+
+    Returns:
+        A contiguous tensor of input's shape and dtype. Statistics and sums are taken in fp32 (fp64 for fp64 input).
+
+    Raises:
+        RuntimeError: shapes that do not fit, an empty ``normalized_shape``, a weight on another device, or a backend
+            asked for by name that cannot run.
+        ValueError: input with fewer dimensions than ``normalized_shape``.
+        NotImplementedError: a dtype rms_norm is not defined for.
+        TypeError: arguments of the wrong type, as torch raises it.
+    """
+    return _norm(rms_norm, True, input, normalized_shape, weight, None, eps)
+
+
+def _norm(
+    public: object,
+    rms: bool,
+    x: Tensor,
+    shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+) -> Tensor:
+    """Both norms: ``public`` is the function the user called, whose place a torch function mode may take."""
+    if (
+        _is_compiling()
+        or type(x) not in _PLAIN
+        or (weight is not None and type(weight) not in _PLAIN)
+        or (bias is not None and type(bias) not in _PLAIN)
+        or x.layout is not torch.strided
+        or x.is_nested
+    ):
+        return _torch_norm(rms, x, shape, weight, bias, eps)
+    if has_torch_function((x,)):  # x is plain, so this is a mode, such as a default device: it may see the call first
+        args = (x, shape, weight, eps) if rms else (x, shape, weight, bias, eps)
+        return handle_torch_function(public, (x,), *args)
+
+    n = _row_length(rms, x, shape)
+    if n is None or type(eps) not in (float, int):
+        if n is None or eps is not None or not rms:
+            return _torch_norm(rms, x, shape, weight, bias, eps)
+        eps = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
+
+    device_type = "cpu" if x.is_cpu else x.device.type
+    if device_type != "cpu" and torch.is_autocast_enabled(device_type):
+        x, weight, bias = (t.float() if t is not None and t.dtype in _LOW_PRECISION else t for t in (x, weight, bias))
+    if weight is not None or bias is not None:
+        weight, bias = _checked_params(rms, x, n, shape, weight, bias)
+
+    if transforms_active():
+        return _transformed_norm(rms, x, shape, weight, bias, n, eps)
+    backend = dispatch.select("norm", device_type)
+    if backend is None or x.numel() == 0:
+        return _torch_norm(rms, x, shape, weight, bias, eps)
+    if torch.is_grad_enabled() and (
+        x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
+    ):
+        return Norm.apply(x, weight, bias, n, eps, rms, backend)
+    return norm_forward(x, weight, bias, n, eps, rms, backend)[0]
+
+
+def _torch_norm(rms, x, shape, weight, bias, eps) -> Tensor:
+    """torch's own function, made to take fp32 parameters beside bf16 and fp16 input on every device."""
+    if rms:
+        return F.rms_norm(x, shape, weight, eps)
+    if (
+        isinstance(x, Tensor)
+        and not x.is_cpu
+        and x.dtype in _LOW_PRECISION
+        and any(isinstance(p, Tensor) and p.dtype == torch.float32 for p in (weight, bias))
+    ):
+        return F.layer_norm(x.float(), shape, weight, bias, eps).to(x.dtype)
+    return F.layer_norm(x, shape, weight, bias, eps)
+
+
+def _transformed_norm(rms, x, shape, weight, bias, n, eps) -> Tensor:
+    """Under torch.func, vmap or forward-mode AD: by operations that torch can transform."""
+    name = dispatch.chosen()
+    if name in ("auto", "torch"):
+        return _torch_norm(rms, x, shape, weight, bias, eps)
+    if name == "reference":
+        return reference.norm_forward(x, weight, bias, n, 1, eps, rms, False)[0]
+    raise RuntimeError(
+        f"fused_norm backend {name!r} was asked for, but cannot run under a torch.func transform, vmap or forward-mode AD;"
+        " with backend 'auto' torch's own function does"
+    )
+
+
+def _row_length(rms: bool, x: Tensor, shape: Sequence[int]) -> int | None:
+    """The number of elements in a row; None where torch's own function should answer (or raise TypeError).
+
+    Raises the exception class that torch raises for the same function, with both values in the message.
+    """
+    if type(shape) not in (tuple, list, torch.Size):
+        return None
+    n = 1
+    for d in shape:
+        if type(d) is not int:
+            return None
+        n *= d
+    k, given = len(shape), x.shape
+    if k == 0:
+        raise RuntimeError(
+            f"normalized_shape must have at least one dimension, but is () for input of shape {tuple(given)}"
+        )
+    if given[-k:] != tuple(shape) or len(given) < k:
+        message = f"input has shape {tuple(given)}, whose trailing dimensions are not normalized_shape {tuple(shape)}"
+        # torch's rms_norm counts dimensions first, and with another class
+        raise ValueError(message) if rms and len(given) < k else RuntimeError(message)
+    if x.dtype not in _DTYPES:
+        if rms and x.is_complex():
+            return None
+        name = "rms_norm" if rms else "layer_norm"
+        raise NotImplementedError(f"{name} is not defined for input of {x.dtype}; it takes {_DTYPE_NAMES}")
+    return n
+
+
+def _checked_params(
+    rms: bool, x: Tensor, n: int, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias as the kernels take them: contiguous, of x's dtype or fp32. Raises RuntimeError where torch does."""
+    for name, p in (("weight", weight), ("bias", bias)):
+        if p is None:
+            continue
+        if p.shape != tuple(shape):
+            raise RuntimeError(f"{name} has shape {tuple(p.shape)}, normalized_shape is {tuple(shape)}")
+        if p.device != x.device:
+            raise RuntimeError(f"{name} is on device {p.device}, input is on {x.device}")
+    if rms:
+        if weight.dtype != x.dtype and weight.dtype != torch.float32:
+            if not weight.is_floating_point():
+                raise RuntimeError(f"weight is {weight.dtype}, input is {x.dtype}: a weight must be floating point")
+            weight = weight.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        elif x.dtype == torch.float64:
+            weight = weight.double()
+    else:
+        p = weight if weight is not None else bias
+        if bias is not None and bias.dtype != p.dtype:
+            raise RuntimeError(f"weight is {p.dtype}, bias is {bias.dtype}: they must have the same dtype")
+        if p.dtype != x.dtype and not (p.dtype == torch.float32 and x.dtype in _LOW_PRECISION):
+            name = "weight" if weight is not None else "bias"
+            raise RuntimeError(
+                f"{name} is {p.dtype}, input is {x.dtype}: parameters must have input's dtype,"
+                " or float32 for bfloat16 and float16"
+            )
+    if weight is not None and not weight.is_contiguous():
+        weight = weight.contiguous()
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
+    return weight, bias
+
+
+def ticks_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""The *ticks* loss (token-wise predictive coding): ``e = p - log p``, p = softmax(input) at the target.
+
+    It is cross entropy whose gradient, ``(1 - p) * (softmax - onehot)``, fades as a token becomes well predicted; its
+    floor is 1. Derivation in docs/math.md.
+
+    Args, returns and raises: as :func:`ticks_cross_entropy`.
+    """
+    return _ticks(input, target, weight, ignore_index, reduction, 0.0, 1.0)
+
+
+def ticks_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    *,
+    ticks_weight: float = 1e-3,
+) -> Tensor:
+    r"""Cross entropy regularised by ticks: ``CE + ticks_weight * (p - log p)`` per target.
+
+    Args:
+        input: logits of shape (M, V), (V,) or (N, V, d1, ...); fp64, fp32, bf16 or fp16.
+        target: class indices, int64, of shape (M,), () or (N, d1, ...).
+        weight: a weight per class, (V,): rows are multiplied by their target's, and the mean is the weighted mean.
+        ignore_index: rows with this target count for nothing and get exactly zero gradient.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        ticks_weight: the coefficient of ticks; 0 is ``F.cross_entropy``.
+
+    Returns:
+        The loss in input's dtype (fp32 under autocast): a scalar, or target's shape for ``"none"``.
+
+    Raises:
+        ValueError: shapes that do not fit, or an unknown reduction.
+        IndexError: on a CPU, a target outside [0, V) that is not ``ignore_index``.
+        RuntimeError: a target that is not int64, a weight of another shape or device.
+    """
+    return _ticks(input, target, weight, ignore_index, reduction, 1.0, float(ticks_weight))
+
+
+def _ticks(
+    z: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, ce: float, ticks: float
+) -> Tensor:
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"{reduction!r} is not a reduction; the reductions are 'none', 'mean', 'sum'")
+    _check_ticks(z, target, weight)
+    device_type = z.device.type
+    if torch.is_autocast_enabled(device_type):
+        z = z if z.dtype == torch.float64 else z.float()
+    classes = z.shape[-1] if z.dim() == 1 else z.shape[1]
+    rows = z.unsqueeze(0) if z.dim() == 1 else z if z.dim() == 2 else z.movedim(1, -1).reshape(-1, classes)
+    flat = target.reshape(-1)
+    keep = flat != ignore_index
+    if z.is_cpu and not _is_compiling() and not transforms_active():
+        bad = keep & ((flat < 0) | (flat >= classes))
+        if bad.any():
+            raise IndexError(f"target {flat[bad][0].item()} is out of range for {classes} classes")
+
+    backend = dispatch.select("ticks", device_type) or reference
+    if classes == 0 or flat.numel() == 0:
+        loss = rows.sum(1) * 0  # nothing to read, but still connected to the graph
+    elif _is_compiling() or transforms_active():
+        loss = reference.ticks_forward(rows, flat, ignore_index, ce, ticks)[0]
+    else:
+        loss = Ticks.apply(rows, flat, ignore_index, ce, ticks, backend)
+
+    row_weight = keep.to(loss.dtype)
+    if weight is not None:
+        row_weight = row_weight * weight.to(loss.dtype)[torch.where(keep, flat, 0)]
+        loss = loss * row_weight
+    if reduction == "none":
+        return loss.reshape(target.shape).to(z.dtype)
+    total = loss.sum()
+    return (total if reduction == "sum" else total / row_weight.sum()).to(z.dtype)
+
+
+def _check_ticks(z: Tensor, target: Tensor, weight: Tensor | None) -> None:
+    """Raise what ``F.cross_entropy`` raises, with both values in the message."""
+    if not isinstance(z, Tensor) or not isinstance(target, Tensor):
+        raise TypeError(f"input and target must be tensors, not {type(z).__name__} and {type(target).__name__}")
+    if z.dim() == 0:
+        raise RuntimeError(
+            f"input has shape (), target has shape {tuple(target.shape)}: input needs a dimension of classes"
+        )
+    expected = () if z.dim() == 1 else (z.shape[0], *z.shape[2:])
+    if target.is_floating_point() or target.is_complex():
+        raise RuntimeError(f"target is {target.dtype}; it must hold class indices, as torch.int64")
+    if tuple(target.shape) != expected:
+        raise ValueError(
+            f"target has shape {tuple(target.shape)}, but input of shape {tuple(z.shape)} needs {expected}"
+        )
+    if target.dtype != torch.int64:
+        raise RuntimeError(f"target is {target.dtype}; it must hold class indices, as torch.int64")
+    if z.dtype not in _DTYPES:
+        raise NotImplementedError(f"the ticks loss is not defined for input of {z.dtype}; it takes {_DTYPE_NAMES}")
+    if target.device != z.device:
+        raise RuntimeError(f"target is on device {target.device}, input is on {z.device}")
+    if weight is not None:
+        classes = z.shape[-1] if z.dim() == 1 else z.shape[1]
+        if tuple(weight.shape) != (classes,):
+            raise RuntimeError(f"weight has shape {tuple(weight.shape)}, but there are {classes} classes")
+        if weight.device != z.device:
+            raise RuntimeError(f"weight is on device {weight.device}, input is on {z.device}")
