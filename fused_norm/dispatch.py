@@ -24,6 +24,7 @@ _MODULES = {
     "torch": None,  # torch's own function: no module of ours
     "reference": "fused_norm.reference",
 }
+BACKENDS = tuple(_MODULES)
 _AUTO_ORDER = {"cuda": ("triton", "native", "torch"), "cpu": ("native", "torch")}
 
 _log = logging.getLogger("fused_norm")
@@ -43,7 +44,7 @@ def _module(name: str) -> ModuleType | None:
     return None if _MODULES[name] is None else importlib.import_module(_MODULES[name])
 
 
-def _unavailable(name: str, op: str, device_type: str) -> str | None:
+def unavailable(name: str, op: str, device_type: str) -> str | None:
     """Why backend ``name`` cannot run ``op`` on ``device_type`` on this machine, or None if it can."""
     module = _module(name)
     if module is None:
@@ -60,7 +61,7 @@ def _auto(op: str, device_type: str) -> ModuleType | None:
         module = _module(name)
         if module is not None and not hasattr(module, f"{op}_forward"):
             continue  # nothing is missing on this machine
-        reason = _unavailable(name, op, device_type)
+        reason = unavailable(name, op, device_type)
         if reason is None:
             if missing:
                 _log.warning("backend %r serves %s on %s tensors: %s", name, op, device_type, "; ".join(missing))
@@ -71,7 +72,7 @@ def _auto(op: str, device_type: str) -> ModuleType | None:
 
 @functools.cache
 def _named(name: str, op: str, device_type: str) -> ModuleType | None:
-    reason = _unavailable(name, op, device_type)
+    reason = unavailable(name, op, device_type)
     if reason is not None:
         raise RuntimeError(
             f"fused_norm backend {name!r} was asked for, but cannot run {op} on {device_type} tensors: {reason}"
@@ -123,6 +124,6 @@ def available_backends() -> dict[str, str | None]:
     """For each backend None if it can run on some device of this machine, else the reason why it cannot."""
     result: dict[str, str | None] = {}
     for name in _MODULES:
-        reasons = [_unavailable(name, "norm", device_type) for device_type in reversed(device_types())]
+        reasons = [unavailable(name, "norm", device_type) for device_type in reversed(device_types())]
         result[name] = None if None in reasons else reasons[0]
     return result

@@ -65,7 +65,7 @@ def rms_norm(
     derivation of the gradients in docs/math.md.
 
     Args:
-        input: shape ``(*, *normalized_shape)``, any layout; fp64, fp32, bf16 or fp16. Complex input goes to torch's own.
+        input: shape ``(*, *normalized_shape)``, any layout; fp64, fp32, bf16 or fp16 (complex goes to torch's own).
         normalized_shape: the trailing dimensions that make a row.
         weight: shape ``normalized_shape``, of any floating dtype.
         eps: added to the mean square; None is the machine epsilon of fp32 (fp64 for fp64 input), as in torch.
@@ -152,8 +152,8 @@ def _transformed_norm(rms, x, shape, weight, bias, n, eps) -> Tensor:
     if name == "reference":
         return reference.norm_forward(x, weight, bias, n, 1, eps, rms, False)[0]
     raise RuntimeError(
-        f"fused_norm backend {name!r} was asked for, but cannot run under a torch.func transform, vmap or forward-mode AD;"
-        " with backend 'auto' torch's own function does"
+        f"fused_norm backend {name!r} was asked for, but cannot run under a torch.func transform, vmap or"
+        " forward-mode AD; with backend 'auto' torch's own function does"
     )
 
 
@@ -189,7 +189,7 @@ def _row_length(rms: bool, x: Tensor, shape: Sequence[int]) -> int | None:
 def _checked_params(
     rms: bool, x: Tensor, n: int, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Weight and bias as the kernels take them: contiguous, of x's dtype or fp32. Raises RuntimeError where torch does."""
+    """Weight and bias as the kernels take them: contiguous, of x's dtype or fp32. Raises where torch raises."""
     for name, p in (("weight", weight), ("bias", bias)):
         if p is None:
             continue

@@ -1,0 +1,116 @@
+"""``python -m fused_norm``: what is here and whether it is right; ``gradcheck`` and ``bench`` for more."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from xml.etree import ElementTree
+
+import torch
+
+from . import __version__, dispatch, testing
+
+
+def _versions() -> list[tuple[str, str]]:
+    rows = [("fused_norm", __version__), ("python", platform.python_version()), ("torch", torch.__version__)]
+    try:
+        import triton
+
+        rows.append(("triton", triton.__version__))
+    except ImportError:
+        rows.append(("triton", "not installed"))
+    rows.append(("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads"))
+    for i in range(torch.accelerator.device_count()):
+        device = torch.accelerator.current_accelerator()
+        rows.append((f"{device.type}:{i}", torch.get_device_module(device).get_device_name(i)))
+    return rows
+
+
+def report() -> int:
+    """Print versions, devices and backends, check each available backend, and return the exit status."""
+    for name, value in _versions():
+        print(f"{name:<12} {value}")
+    print("\nbackends")
+    for name, reason in dispatch.available_backends().items():
+        print(f"  {name:<10} {'available' if reason is None else 'not available: ' + reason}")
+    print("\nself-check: output and gradients against the fp64 truth")
+    checks = [c for c in testing.gradchecks() if c.mode == "vjp"]
+    failures = 0
+    groups: dict[tuple[str, str], list[str]] = {}
+    for check, failure, _ in testing.run_gradchecks(checks):
+        group = groups.setdefault((check.backend, check.device), [])
+        if failure is not None:
+            group.append(f"{check}: {failure}")
+            failures += 1
+    for (backend, device), wrong in groups.items():
+        print(f"  {backend:<10} {device:<5} {'ok' if not wrong else 'WRONG'}")
+        for line in wrong:
+            print(f"    {line}")
+    print("\n" + (f"{failures} of {len(checks)} checks failed" if failures else f"all {len(checks)} checks hold"))
+    return 1 if failures else 0
+
+
+def _write_junit(path: str, results: list[tuple[testing.GradCheck, str | None, float]]) -> None:
+    suite = ElementTree.Element(
+        "testsuite",
+        name="fused_norm gradcheck",
+        tests=str(len(results)),
+        failures=str(sum(failure is not None for _, failure, _ in results)),
+        time=f"{sum(seconds for *_, seconds in results):.3f}",
+    )
+    for check, failure, seconds in results:
+        case = ElementTree.SubElement(
+            suite, "testcase", classname=f"{check.op}.{check.backend}", name=str(check), time=f"{seconds:.3f}"
+        )
+        if failure is not None:
+            ElementTree.SubElement(case, "failure", message=failure)
+    ElementTree.ElementTree(suite).write(path, encoding="utf-8", xml_declaration=True)
+
+
+def gradcheck(argv: list[str]) -> int:
+    """Check the gradients of every operation on every backend; exit status 0 if all are right."""
+    parser = argparse.ArgumentParser(prog="python -m fused_norm gradcheck", description=gradcheck.__doc__)
+    parser.add_argument(
+        "--device", action="append", help="device type, such as cuda; may be repeated; default: all present"
+    )
+    parser.add_argument(
+        "--backend", action="append", choices=dispatch.BACKENDS, help="may be repeated; default: all available"
+    )
+    parser.add_argument("--junit", metavar="FILE", help="write the results as JUnit XML")
+    options = parser.parse_args(argv)
+    checks = list(testing.gradchecks(options.device, options.backend))
+    results = []
+    for done in testing.run_gradchecks(checks):
+        results.append(done)
+        check, failure, seconds = done
+        print(
+            f"[{len(results)}/{len(checks)}] {'ok  ' if failure is None else 'FAIL'} {check} ({seconds:.2f} s)",
+            flush=True,
+        )
+        if failure is not None:
+            print(f"    {failure}")
+    if options.junit:
+        _write_junit(options.junit, results)
+    failed = sum(failure is not None for _, failure, _ in results)
+    print(f"{len(results) - failed} passed, {failed} failed")
+    return 1 if failed or not results else 0
+
+
+def main(argv: list[str]) -> int:
+    """Dispatch to the sub-command; without one print the report."""
+    commands = "python -m fused_norm [gradcheck | bench] [--help]"
+    if not argv:
+        return report()
+    if argv[0] == "gradcheck":
+        return gradcheck(argv[1:])
+    if argv[0] == "bench":
+        from .bench.run import main as bench
+
+        return bench(argv[1:])
+    print(f"usage: {commands}", file=sys.stdout if argv[0] in ("-h", "--help") else sys.stderr)
+    return 0 if argv[0] in ("-h", "--help") else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
