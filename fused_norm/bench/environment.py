@@ -1,0 +1,92 @@
+"""What a result must be read with: device, driver, versions, commit, command, date, threads."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+#: Variables that change how fast things run.
+ENV_PREFIXES = ("OMP_", "GOMP_", "KMP_", "MKL_NUM", "ATEN_CPU_", "TORCHINDUCTOR_", "TRITON_", "CUDA_", "FUSED_NORM_")
+ENV_NAMES = ("LD_PRELOAD", "MALLOC_ARENA_MAX", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+PACKAGES = ("fused_norm", "triton", "liger-kernel", "numpy")
+
+
+def _output(*command: str, cwd: Path | None = None) -> str | None:
+    try:
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return getattr(sys.modules.get(package), "__version__", None)
+
+
+def cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+
+
+def _device(device: torch.device) -> dict[str, Any]:
+    if device.type != "cuda":
+        return {"type": device.type, "name": cpu_name(), "isa": torch.backends.cpu.get_cpu_capability()}
+    p = torch.cuda.get_device_properties(device)
+    return {
+        "type": "cuda",
+        "name": p.name,
+        "capability": f"{p.major}.{p.minor}",
+        "memory_bytes": p.total_memory,
+        "multiprocessors": p.multi_processor_count,
+        "l2_bytes": getattr(p, "L2_cache_size", None),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+    }
+
+
+def collect(device: torch.device, argv: list[str] | None = None) -> dict[str, Any]:
+    """Everything as plain values that JSON can hold."""
+    root = Path(__file__).resolve().parents[2]
+    commit = _output("git", "rev-parse", "HEAD", cwd=root)
+    changed = _output("git", "status", "--porcelain", "--untracked-files=no", cwd=root) if commit else None
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv if argv is None else argv),
+        "commit": commit,
+        "uncommitted_changes": bool(changed) if commit else None,
+        "device": _device(device),
+        "cpu": cpu_name(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "platform": platform.platform(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            **{name: _version(name) for name in PACKAGES},
+        },
+        "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(ENV_PREFIXES) or k in ENV_NAMES},
+    }

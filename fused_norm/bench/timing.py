@@ -1,0 +1,149 @@
+"""How it is measured: rounds in which every contender runs once, in an order that changes, and medians over them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+
+MIN_ROUNDS, MAX_ROUNDS = 5, 100
+
+#: A CPU sample holds as many calls as fill this time, so that the clock's own cost does not show.
+CPU_SAMPLE_S = 200e-6
+
+#: Back-to-back calls in one sample of a CUDA call's cost.
+CUDA_CALLS = 10
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something to time: ``prepare()`` gives the call that is timed; ``context()`` is entered around it, untimed."""
+
+    name: str
+    prepare: Callable[[], Callable[[], object]]
+    context: Callable[[], AbstractContextManager] = nullcontext
+
+
+@dataclass
+class Samples:
+    """Milliseconds a call. On CUDA ``ms`` is device time with a cold L2, and ``call_ms`` wall time a call where one
+    follows the other; on a CPU there is one kind of time and ``call_ms`` stays empty."""
+
+    ms: list[float] = field(default_factory=list)
+    call_ms: list[float] = field(default_factory=list)
+    error: Exception | None = None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.ms)
+
+    def quantile(self, q: float) -> float:
+        """By linear interpolation between the sorted samples."""
+        ordered = sorted(self.ms)
+        at = q * (len(ordered) - 1)
+        low = int(at)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
+
+
+class CpuClock:
+    def host_s(self, call: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    def sample(self, call: Callable[[], object], host_s: float, into: Samples) -> None:
+        repeats = max(1, min(1000, int(CPU_SAMPLE_S / max(host_s, 1e-7))))
+        start = time.perf_counter()
+        for _ in range(repeats):
+            out = call()
+        into.ms.append((time.perf_counter() - start) * 1e3 / repeats)
+        del out  # the last result is freed outside the timed region
+
+
+class CudaClock:
+    """Device time by events, with the L2 filled by other data before each call.
+
+    The filler reads its buffer instead of writing it: written lines would be flushed to memory in the midst of the
+    timed kernel and be charged to it. The device first sleeps for longer than the host needs to enqueue everything, so
+    that the time between the events holds no waiting for the host.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        l2 = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
+        self.filler = torch.ones(max(4 * l2, 256 << 20) // 4, device=device)
+        self.sink = torch.empty((), device=device)
+
+    def host_s(self, call: Callable[[], object]) -> float:
+        """Seconds the host needs to enqueue one call, device work not included where it need not wait."""
+        torch.cuda.synchronize(self.device)
+        start = time.perf_counter()
+        out = call()
+        elapsed = time.perf_counter() - start
+        torch.cuda.synchronize(self.device)
+        del out
+        return elapsed
+
+    def sample(self, call: Callable[[], object], host_s: float, into: Samples) -> None:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(int(2e9 * 2 * (host_s + 100e-6)))  # cycles of a clock near 2 GHz
+        torch.sum(self.filler, dim=0, out=self.sink)
+        start.record()
+        out = call()
+        end.record()
+        torch.cuda.synchronize(self.device)
+        into.ms.append(start.elapsed_time(end))
+        begin = time.perf_counter()
+        for _ in range(CUDA_CALLS):
+            out = call()
+        torch.cuda.synchronize(self.device)
+        into.call_ms.append((time.perf_counter() - begin) * 1e3 / CUDA_CALLS)
+        del out
+
+
+Clock = CpuClock | CudaClock
+
+
+def make_clock(device: torch.device) -> Clock:
+    return CudaClock(device) if device.type == "cuda" else CpuClock()
+
+
+def orders(names: list[str], rounds: int) -> Iterator[list[str]]:
+    """An order for each round: every second one reversed, each pair starting one place further on."""
+    for r in range(rounds):
+        at = (r // 2) % len(names) if names else 0
+        order = names[at:] + names[:at]
+        yield order[::-1] if r % 2 else order
+
+
+def time_group(contenders: list[Contender], clock: Clock, seconds: float) -> dict[str, Samples]:
+    """Samples for each contender, all from the same rounds: as many as fit in ``seconds``, between the two bounds.
+
+    Each is called three times first, untimed: the first call compiles, the third tells how long one takes. One that
+    raises there has its error for a result, and the others go on.
+    """
+    samples = {c.name: Samples() for c in contenders}
+    ready: dict[str, tuple[Contender, Callable[[], object], float]] = {}
+    for c in contenders:
+        try:
+            with c.context():
+                call = c.prepare()
+                call()
+                call()
+                ready[c.name] = (c, call, clock.host_s(call))
+        except Exception as e:
+            samples[c.name].error = e
+    begin = time.perf_counter()
+    for r, order in enumerate(orders(list(ready), MAX_ROUNDS)):
+        if r >= MIN_ROUNDS and (time.perf_counter() - begin) * (r + 1) / r > seconds:
+            break
+        for name in order:
+            c, call, host_s = ready[name]
+            with c.context():
+                clock.sample(call, host_s, samples[name])
+    return samples
