@@ -1,0 +1,32 @@
+// The host interface of the CUDA normalisation kernels: raw pointers in, an error text out. No CUDA and no torch header is needed
+// to include it, so that bindings.cpp is compiled by the C++ compiler alone and the launchers by nvcc alone.
+#pragma once
+
+#include <cstdint>
+
+namespace fused_norm {
+
+enum class DType { kFloat64, kFloat32, kBFloat16, kFloat16 };
+
+// y = normalise(x)*weight + bias for `rows` rows of `n` elements, both at least 1.
+struct NormForward {
+  const void* x;       // row r begins at element r*x_row_stride; its n elements are adjacent
+  const void* weight;  // nullptr: none
+  const void* bias;    // nullptr: none
+  void* y;             // (rows, n), contiguous
+  void* stats;         // (2, rows): rstd, mean; (1, rows) for rms: rstd; nullptr: not wanted. fp32, or fp64 for fp64 x
+  int64_t rows;
+  int64_t n;
+  int64_t x_row_stride;
+  int64_t groups;       // divides rows
+  bool params_grouped;  // weight and bias are (groups, n) rather than (n)
+  DType dtype;          // of x and y
+  DType param_dtype;    // of weight and bias: dtype, or kFloat32 for kBFloat16 and kFloat16
+  double eps;
+  bool rms;
+};
+
+// Enqueues the kernel on `stream` (a cudaStream_t of device `device`) and returns without waiting for it: nullptr, or what went wrong.
+const char* launch_norm_forward(const NormForward& args, int device, void* stream);
+
+}  // namespace fused_norm
