@@ -24,11 +24,13 @@ BLOCK_ELEMENTS = 1 << 22
 
 @dataclass
 class Verdict:
-    """``status`` is ok, wrong or error; ``errors`` maps y, dx, dw, db to their relative error."""
+    """``status`` is ok, wrong or error; ``errors`` maps y, dx, dw, db to their relative error; ``no_backward`` is the
+    reason why a provider whose forward is right has no backward."""
 
     status: str
     reason: str = ""
     errors: dict[str, float] = field(default_factory=dict)
+    no_backward: str = ""
 
 
 def describe(error: BaseException) -> str:
@@ -37,15 +39,21 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
-def answer(provider: Provider, call: NormCall, inputs: Inputs) -> dict[str, Tensor]:
-    """What the provider computes: output, gradients, and the output once more without grad (another path in most)."""
+def answer(provider: Provider, call: NormCall, inputs: Inputs) -> tuple[dict[str, Tensor], str]:
+    """What the provider computes: output, gradients, and the output once more without grad (another path in most);
+    and why there are no gradients, if it has no backward."""
     x, w, b = inputs.x, inputs.w, inputs.b
+    grads, no_backward = (), ""
     with provider.context():
         y = call(x, w, b)
-        grads = torch.autograd.grad(y, inputs.leaves, inputs.dy)
+        try:
+            grads = torch.autograd.grad(y, inputs.leaves, inputs.dy)
+        except NotImplementedError as e:
+            no_backward = describe(e)
         with torch.no_grad():
             plain = call(x, w, b)
-    return {"y": y.detach(), "y without grad": plain, **dict(zip(("dx", "dw", "db"), grads, strict=False))}
+    found = {"y": y.detach(), "y without grad": plain, **dict(zip(("dx", "dw", "db"), grads, strict=False))}
+    return found, no_backward
 
 
 def _errors(op: Op, inputs: Inputs, answers: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, float]]:
@@ -60,6 +68,8 @@ def _errors(op: Op, inputs: Inputs, answers: dict[str, dict[str, Tensor]]) -> di
         dw, db = dw + truth.dw, db + truth.db
         for name, a in answers.items():
             for key, t in (("y", truth.y), ("y without grad", truth.y), ("dx", truth.dx)):
+                if key not in a:
+                    continue
                 same_shape = a[key].shape == inputs.x.shape
                 error = relative_error(a[key][rows], t) if same_shape else float("inf")
                 errors[name][key] = max(errors[name].get(key, 0.0), error)
@@ -76,12 +86,13 @@ def judge(op: Op, inputs: Inputs, providers: list[Provider]) -> tuple[dict[str, 
     verdicts: dict[str, Verdict] = {}
     calls: dict[str, NormCall] = {}
     answers: dict[str, dict[str, Tensor]] = {}
+    no_backward: dict[str, str] = {}
     tensors = dict(zip(("x", "w", "b", "dy"), (inputs.x, inputs.w, inputs.b, inputs.dy), strict=True))
     before = {key: t.detach().clone() for key, t in tensors.items() if t is not None}
     for p in providers:
         try:
             calls[p.name] = p.make(op)
-            answers[p.name] = answer(p, calls[p.name], inputs)
+            answers[p.name], no_backward[p.name] = answer(p, calls[p.name], inputs)
         except Exception as e:  # whatever a provider raises is its verdict, the others go on
             verdicts[p.name] = Verdict("error", describe(e))
         for key, old in before.items():
@@ -98,5 +109,5 @@ def judge(op: Op, inputs: Inputs, providers: list[Provider]) -> tuple[dict[str, 
             limit = max(floor, min(TORCH_FACTOR * torch_errors.get(key, 0.0), TORCH_CAP))
             if not error <= limit:
                 off.append(f"{key}: error {error:.3g} > {limit:.3g}")
-        verdicts[name] = Verdict("wrong" if off else "ok", "; ".join(off), found)
+        verdicts[name] = Verdict("wrong" if off else "ok", "; ".join(off), found, no_backward[name])
     return verdicts, {name: call for name, call in calls.items() if verdicts[name].status == "ok"}
