@@ -1,0 +1,992 @@
+"""FF.layer_norm and FF.rms_norm as a drop-in for torch's: accuracy, layouts, gradients, determinism, and all that surrounds a call."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+
+import pytest
+import torch
+import torch.autograd.forward_ad as fwAD
+import torch.nn.functional as F
+from cases import (
+    DTYPES,
+    LOW_PRECISION,
+    OPS,
+    NormCase,
+    NormInputs,
+    assert_same_bits,
+    call,
+    check,
+    draw,
+    has_bias,
+    leaf,
+    norm_cases,
+    run,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing._internal.two_tensor import TwoTensor
+
+import fused_norm
+import fused_norm.functional as FF
+
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
+both_ops = pytest.mark.parametrize("op", OPS)
+all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+# ------------------------------------------------------------------------------------------------------------ accuracy
+
+
+@pytest.mark.parametrize("case", norm_cases(), ids=str)
+def test_accuracy(case: NormCase, place) -> None:
+    """Output and gradients lie as near the fp64 truth as the rule of ``fused_norm.testing`` demands."""
+    inputs = draw(case, place.device)
+    check(case, inputs, run(case, inputs), is_torch=place.backend == "torch")
+
+
+@both_ops
+def test_parameter_gradients_of_many_rows(op: str, place) -> None:
+    """torch's own CPU kernel is off by 7 % here; the rule asks for three roundings, half a per cent."""
+    if place.backend == "torch":
+        pytest.skip("these are torch's kernels")
+    case = NormCase(op, 8192, 768, torch.bfloat16)
+    inputs = draw(case, place.device)
+    check(case, inputs, run(case, inputs))
+
+
+@pytest.mark.parametrize("n", [512, 768, 5000])
+def test_large_offset(n: int, place) -> None:
+    """E[x^2] - E[x]^2 would lose every digit of the variance here."""
+    x = torch.randn(16, n, device=place.device) + 1e6
+    y = FF.layer_norm(x, (n,)).double()
+    spread = y.std(-1, unbiased=False)
+    assert (spread - 1).abs().max() < 1e-2
+    truth = F.layer_norm(x.double(), (n,))
+    assert (y - truth).abs().max() < 1e-3 * truth.abs().max()
+
+
+@all_dtypes
+def test_large_and_small_values_do_not_overflow(dtype: torch.dtype, place) -> None:
+    """Sums of squares of fp16's largest numbers fit the dtype of the arithmetic, and not fp16."""
+    x = (torch.randn(3, 300, dtype=torch.float64) * 2e4).to(place.device, dtype)
+    for op in OPS:
+        truth = call(op, F, x.double(), (300,))
+        torch.testing.assert_close(call(op, FF, x, (300,)).double(), truth, rtol=8 * torch.finfo(dtype).eps, atol=1e-3)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    op=st.sampled_from(OPS),
+    rows=st.integers(1, 40),
+    n=st.integers(1, 300),
+    dtype=st.sampled_from(DTYPES),
+    affine=st.sampled_from(["weight+bias", "weight", "none"]),
+    log_scale=st.integers(-3, 3),
+    eps=st.sampled_from([1e-12, 1e-5, 0.1]),
+    seed=st.integers(0, 2**31),
+)
+def test_accuracy_of_any_shape(op, rows, n, dtype, affine, log_scale, eps, seed) -> None:
+    if op == "rms_norm" and affine == "weight+bias":
+        affine = "weight"
+    torch.manual_seed(seed)
+    case = NormCase(op, rows, max(n, 2), dtype, affine, eps=eps)
+    inputs = draw(case)
+    inputs = NormInputs((inputs.x.double() * 10.0**log_scale).to(dtype), inputs.weight, inputs.bias, inputs.dy)
+    theirs = run(
+        case,
+        NormInputs(*(None if t is None else t.double() for t in (inputs.x, inputs.weight, inputs.bias, inputs.dy))),
+        F,
+    )
+    ours = run(case, inputs)
+    # dx is a difference of terms of this size, so it is to this that its error compares.
+    scale = (
+        theirs.dx.abs().max().item() + inputs.dy.double().abs().max().item() * theirs_rstd(inputs.x, eps, op) + 1e-300
+    )
+    unit = torch.finfo(dtype).eps
+    torch.testing.assert_close(
+        ours.y.double(), theirs.y, rtol=4 * unit, atol=40 * unit * (1 + theirs.y.abs().max().item())
+    )
+    torch.testing.assert_close(ours.dx.double(), theirs.dx, rtol=4 * unit, atol=40 * unit * scale)
+
+
+def theirs_rstd(x: Tensor, eps: float, op: str) -> float:
+    x = x.double()
+    centred = x if op == "rms_norm" else x - x.mean(-1, keepdim=True)
+    return (centred.square().mean(-1) + eps).rsqrt().max().item()
+
+
+# ------------------------------------------------------------------------------------------------- normalized_shape
+
+
+@both_ops
+@pytest.mark.parametrize("shape", [(6,), (4, 6), (3, 4, 6), (2, 3, 4, 6)], ids=str)
+def test_normalized_shape_of_several_dimensions(op: str, shape: tuple[int, ...], place) -> None:
+    x = torch.randn(2, 3, 4, 6, device=place.device)
+    w, b = torch.randn(shape, device=place.device), torch.randn(shape, device=place.device)
+    dy = torch.randn_like(x)
+    results = []
+    for namespace in (FF, F):
+        leaves = [leaf(x), leaf(w)] + ([leaf(b)] if op == "layer_norm" else [])
+        y = call(op, namespace, leaves[0], shape, *leaves[1:])
+        results.append((y, *torch.autograd.grad(y, leaves, dy)))
+    for a, e in zip(*results, strict=True):
+        assert a.shape == e.shape
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
+
+
+@both_ops
+@all_dtypes
+@pytest.mark.parametrize("shape, normalized", [((0, 5), (5,)), ((3, 0), (0,)), ((0, 0), (0,)), ((2, 0, 4), (4,)), ((2, 0, 4), (0, 4)),
+                                               ((2, 3, 0), (3, 0))], ids=str)  # fmt: skip
+def test_empty(op: str, dtype: torch.dtype, shape, normalized, place) -> None:
+    """No rows or no columns: right shapes, and gradients of zeros rather than None."""
+    x = torch.empty(shape, dtype=dtype, device=place.device, requires_grad=True)
+    w, b = (torch.randn(normalized, dtype=dtype, device=place.device, requires_grad=True) for _ in range(2))
+    y = call(op, FF, x, normalized, w, b)
+    assert y.shape == x.shape and y.dtype == dtype and y.is_contiguous()
+    y.backward(torch.randn_like(y))
+    assert x.grad.shape == x.shape and x.grad.dtype == dtype
+    assert_same_bits(w.grad, torch.zeros_like(w), "dw")
+    if op == "layer_norm":
+        assert_same_bits(b.grad, torch.zeros_like(b), "db")
+
+
+# ----------------------------------------------------------------------------------------------------------- layouts
+
+
+def _layouts(device: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Views with the values of their own ``.clone()``, in every layout users make."""
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64).to(device, dtype)
+
+    return {
+        "contiguous": randn(6, 40),
+        "transposed": randn(40, 6).t(),
+        "rows permuted": randn(4, 6, 40).transpose(0, 1),
+        "channels last": randn(2, 6, 5, 40).to(memory_format=torch.channels_last),
+        "row-strided": randn(6, 80)[:, :40],
+        "row-strided, misaligned": randn(6, 81)[:, 3:43],
+        "row-strided, 3-d": randn(2, 3, 77)[..., 5:45],
+        "every other row": randn(12, 40)[::2],
+        "every other column": randn(6, 80)[:, ::2],
+        "misaligned": randn(6 * 40 + 1)[1:].view(6, 40),
+        "expanded rows": randn(1, 40).expand(6, 40),
+        "expanded columns": randn(6, 1).expand(6, 40),
+        "expanded in the middle": randn(3, 1, 40).expand(3, 2, 40),
+        "one row of many": randn(6, 40)[3:4],
+        "overlapping windows": randn(45).unfold(0, 40, 1),
+        "1-d": randn(40),
+        "1-d strided": randn(80)[::2],
+        "0 stride of a single row": randn(40).as_strided((1, 40), (0, 1)),
+    }
+
+
+LAYOUTS = tuple(_layouts("cpu", torch.float32))
+
+
+@both_ops
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("of", ["x", "dy"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout(op: str, layout: str, of: str, dtype: torch.dtype, place) -> None:
+    """A view of x, or of the upstream gradient, gives the bits that its contiguous copy gives."""
+    view = _layouts(place.device, dtype)[layout]
+    assert layout == "contiguous" or place.device != "cpu" or not view.is_contiguous() or view.storage_offset() or view.dim() == 1 \
+        or view.shape[0] == 1  # fmt: skip
+    other = torch.randn(view.shape).to(view)
+    n = view.shape[-1]
+    w = torch.randn(n).to(view)
+    b = torch.randn(n).to(view) if op == "layer_norm" else None
+
+    def results(x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+        x = x.detach().requires_grad_()
+        params = [leaf(p) for p in (w, b) if p is not None]
+        y = call(op, FF, x, (n,), *params)
+        assert y.is_contiguous()
+        return y, *torch.autograd.grad(y, (x, *params), dy)
+
+    flat = view.clone(memory_format=torch.contiguous_format)
+    got = results(view, other) if of == "x" else results(other, view)
+    expected = results(flat, other) if of == "x" else results(other, flat)
+    for a, e, name in zip(got, expected, ("y", "dx", "dw", "db"), strict=False):
+        assert a.dtype == dtype and a.shape == e.shape
+        if place.backend in ("torch", "reference"):  # eager operations may add up in another order
+            torch.testing.assert_close(a, e, rtol=4 * torch.finfo(dtype).eps, atol=20 * torch.finfo(dtype).eps)
+        else:
+            assert_same_bits(a, e, name)
+
+
+@both_ops
+@pytest.mark.parametrize("shape", [(6, 40), (2, 3, 40)], ids=str)
+def test_row_strided_input_is_not_copied(op: str, shape: tuple[int, ...], reference_calls) -> None:
+    """The kernel sees the rows where they lie, in forward and in backward, for x and for the upstream gradient."""
+    x = torch.randn(*shape[:-1], 77)[..., 5:45].requires_grad_()
+    dy = torch.randn(*shape[:-1], 51)[..., 1:41]
+    with fused_norm.use_backend("reference"):
+        call(op, FF, x, (40,)).backward(dy)
+    (forward,), (backward,) = reference_calls.forward, reference_calls.backward
+    assert forward.x.data_ptr() == x.data_ptr() and forward.x.shape == (6, 40) and forward.x.stride() == (77, 1)
+    assert backward.x.data_ptr() == x.data_ptr()
+    assert backward.dy.data_ptr() == dy.data_ptr() and backward.dy.stride() == (51, 1)
+
+
+@both_ops
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kernels_see_what_the_contract_says(op: str, layout: str, reference_calls) -> None:
+    """Contiguous, or 2-D rows of unit stride; parameters contiguous."""
+    x = _layouts("cpu", torch.float32)[layout].detach().requires_grad_()
+    n = x.shape[-1]
+    w = torch.randn(2 * n)[::2].detach().requires_grad_()
+    with fused_norm.use_backend("reference"):
+        call(op, FF, x, (n,), w).backward(torch.randn(n, *x.shape[:-1]).movedim(0, -1))
+    for kernel in (*reference_calls.forward, *reference_calls.backward):
+        for t in [kernel.x] + ([kernel.dy] if hasattr(kernel, "dy") else []):
+            assert t.is_contiguous() or (t.dim() == 2 and t.stride(1) == 1 and t.shape[1] == n), (t.shape, t.stride())
+        assert kernel.weight.is_contiguous() and kernel.weight.numel() == n
+    assert len(reference_calls.forward) == len(reference_calls.backward) == 1
+
+
+@both_ops
+def test_views_with_a_pending_minus_or_conjugate(op: str, place) -> None:
+    """``z.conj().imag`` is a real tensor whose minus sign is not in memory."""
+    view = torch.randn(6, 40, dtype=torch.complex64, device=place.device).conj().imag
+    assert view.is_neg()
+    torch.testing.assert_close(call(op, FF, view, (40,)), call(op, F, view.clone().resolve_neg(), (40,)))
+    x = torch.randn(6, 40, device=place.device)
+    grads = []
+    for namespace, dy in ((FF, view), (F, view.clone().resolve_neg())):
+        leaf_x = leaf(x)
+        grads.append(torch.autograd.grad(call(op, namespace, leaf_x, (40,)), leaf_x, dy)[0])
+    torch.testing.assert_close(*grads)
+
+
+def test_strided_parameters(place) -> None:
+    x = torch.randn(5, 32, device=place.device)
+    w, b = torch.randn(32, 2, device=place.device)[:, 0], torch.randn(1, device=place.device).expand(32)
+    torch.testing.assert_close(FF.layer_norm(x, (32,), w, b), F.layer_norm(x, (32,), w, b))
+    table = torch.randn(8, 4, device=place.device).t()
+    torch.testing.assert_close(FF.rms_norm(x.view(5, 4, 8), (4, 8), table), F.rms_norm(x.view(5, 4, 8), (4, 8), table))
+
+
+@both_ops
+def test_output_is_a_fresh_tensor(op: str, place) -> None:
+    """Nothing of the input is shared, whatever the layout, and writing to the output leaves the input alone."""
+    for name, x in _layouts(place.device, torch.float32).items():
+        before = x.clone()
+        y = call(op, FF, x, x.shape[-1:])
+        assert not y._is_view() and y.data_ptr() != x.data_ptr(), name
+        y.fill_(7)
+        assert_same_bits(x, before, name)
+
+
+# --------------------------------------------------------------------------------------------------------- autograd
+
+
+@both_ops
+@pytest.mark.parametrize("subset", list(itertools.product([False, True], repeat=3)), ids=str)
+def test_every_requires_grad_subset(op: str, subset: tuple[bool, ...], place) -> None:
+    if op == "rms_norm" and subset[2]:
+        pytest.skip("rms_norm has no bias")
+    tensors = [torch.randn(5, 24, device=place.device), *(torch.randn(24, device=place.device) for _ in range(2))]
+    dy = torch.randn(5, 24, device=place.device)
+    results = []
+    for namespace in (FF, F):
+        leaves = [t.clone().requires_grad_(flag) for t, flag in zip(tensors, subset, strict=True)]
+        y = call(op, namespace, leaves[0], (24,), *leaves[1:])
+        assert y.requires_grad == any(subset)
+        if any(subset):
+            y.backward(dy)
+        results.append([t.grad for t in leaves])
+    for ours, theirs, flag in zip(*results, subset, strict=True):
+        assert (ours is not None) == flag
+        if flag:
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@both_ops
+@pytest.mark.parametrize("subset", [s for s in itertools.product([False, True], repeat=3) if any(s)], ids=str)
+def test_kernels_are_asked_for_the_gradients_needed_and_no_more(
+    op: str, subset: tuple[bool, ...], reference_calls
+) -> None:
+    if op == "rms_norm" and subset[2]:
+        pytest.skip("rms_norm has no bias")
+    tensors = [
+        t.requires_grad_(flag)
+        for t, flag in zip((torch.randn(5, 24), torch.randn(24), torch.randn(24)), subset, strict=True)
+    ]
+    with fused_norm.use_backend("reference"):
+        call(op, FF, tensors[0], (24,), *tensors[1:]).backward(torch.randn(5, 24))
+    (backward,) = reference_calls.backward
+    assert (backward.need_dx, backward.need_dw, backward.need_db) == subset
+    assert reference_calls.forward[0].need_stats
+
+
+@both_ops
+@pytest.mark.parametrize("which", ["nothing requires grad", "no_grad", "inference_mode", "detached"])
+def test_no_statistics_where_no_gradient_is_wanted(op: str, which: str, reference_calls) -> None:
+    x, w = torch.randn(5, 24), torch.randn(24)
+    modes = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
+    if which in modes:
+        x.requires_grad_()
+        with modes[which](), fused_norm.use_backend("reference"):
+            y = call(op, FF, x, (24,), w)
+    else:
+        with fused_norm.use_backend("reference"):
+            y = call(op, FF, x.requires_grad_().detach() if which == "detached" else x, (24,), w)
+    assert not y.requires_grad and y.is_inference() == (which == "inference_mode")
+    assert [c.need_stats for c in reference_calls.forward] == [False]
+    torch.testing.assert_close(y, call(op, F, x.detach(), (24,), w))
+
+
+@both_ops
+def test_no_grad_gives_the_bits_of_grad(op: str, place) -> None:
+    case = NormCase(op, 9, 300, torch.float32)
+    inputs = draw(case, place.device)
+    with torch.no_grad():
+        quiet = call(op, FF, inputs.x, (300,), inputs.weight, inputs.bias)
+    with torch.inference_mode():
+        inference = call(op, FF, inputs.x, (300,), inputs.weight, inputs.bias)
+    assert_same_bits(quiet, run(case, inputs).y)
+    assert_same_bits(inference.clone(), quiet.clone())
+
+
+def test_inference_tensor_cannot_be_saved(place) -> None:
+    with torch.inference_mode():
+        x = torch.randn(3, 8, device=place.device)
+    w = torch.ones(8, device=place.device, requires_grad=True)
+    for namespace in (F, FF):
+        with pytest.raises(RuntimeError, match="(?i)inference"):
+            namespace.layer_norm(x, (8,), w)
+
+
+@both_ops
+def test_mixed_parameter_dtypes_give_gradients_in_their_own_dtype(op: str, place) -> None:
+    for dtype in LOW_PRECISION:
+        case = NormCase(op, 6, 40, dtype, param_dtype=torch.float32)
+        result = run(case, draw(case, place.device))
+        assert result.y.dtype == result.dx.dtype == dtype
+        assert result.dw.dtype == torch.float32 and (op == "rms_norm" or result.db.dtype == torch.float32)
+
+
+@pytest.mark.parametrize("x_dtype, w_dtype", [(torch.float32, torch.float64), (torch.float64, torch.float32), (torch.float32, torch.bfloat16),
+                                              (torch.bfloat16, torch.float16), (torch.float16, torch.float64)], ids=str)  # fmt: skip
+def test_rms_norm_takes_any_floating_weight(x_dtype: torch.dtype, w_dtype: torch.dtype, place) -> None:
+    """layer_norm refuses these (test_opinfo.py); torch's rms_norm promotes."""
+    x, w = torch.randn(5, 24).to(place.device, x_dtype), torch.randn(24).to(place.device, w_dtype)
+    results = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for namespace in (FF, F):
+            leaves = leaf(x), leaf(w)
+            y = namespace.rms_norm(leaves[0], (24,), leaves[1])
+            results.append((y, *torch.autograd.grad(y.double().sin().sum(), leaves)))
+    for a, e in zip(*results, strict=True):
+        tolerance = (
+            {"rtol": 2e-2, "atol": 2e-2} if torch.bfloat16 in (x_dtype, w_dtype) else {"rtol": 2e-3, "atol": 2e-3}
+        )
+        torch.testing.assert_close(a, e, **tolerance)
+
+
+@both_ops
+def test_backward_runs_on_the_backend_of_forward(op: str, reference_calls) -> None:
+    x = torch.randn(5, 24, requires_grad=True)
+    with fused_norm.use_backend("reference"):
+        y = call(op, FF, x, (24,))
+    with fused_norm.use_backend("torch"):
+        z = call(op, FF, x, (24,))
+    y.backward(torch.randn_like(y))
+    assert len(reference_calls.backward) == 1
+    with fused_norm.use_backend("reference"):
+        z.backward(torch.randn_like(z))
+    assert len(reference_calls.forward) == len(reference_calls.backward) == 1
+
+
+@both_ops
+def test_backward_twice_needs_the_graph_kept(op: str, place) -> None:
+    x = torch.randn(5, 24, device=place.device, requires_grad=True)
+    dy = torch.randn_like(x)
+    y = call(op, FF, x, (24,))
+    first = torch.autograd.grad(y, x, dy, retain_graph=True)[0]
+    second = torch.autograd.grad(y, x, dy)[0]
+    assert_same_bits(first, second)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(y, x, dy)
+
+
+@both_ops
+def test_gradients_accumulate_over_uses(op: str, place) -> None:
+    """The same weight in two places, and x into itself."""
+    results = []
+    start = torch.randn(5, 24, device=place.device)
+    weight = torch.randn(24, device=place.device)
+    for namespace in (FF, F):
+        x, w = leaf(start), leaf(weight)
+        call(op, namespace, x + call(op, namespace, x, (24,), w), (24,), w).square().sin().sum().backward()
+        results.append((x.grad, w.grad))
+    for a, e in zip(*results, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+
+
+@both_ops
+@pytest.mark.parametrize("saved", ["x", "weight"])
+def test_mutating_a_saved_input_raises(op: str, saved: str, place) -> None:
+    for namespace in (F, FF):
+        x, w = (torch.randn(*s, device=place.device, requires_grad=True) for s in ((5, 24), (24,)))
+        y = call(op, namespace, x, (24,), w)
+        with torch.no_grad():
+            {"x": x, "weight": w}[saved].add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.backward(torch.ones_like(y))
+
+
+@both_ops
+def test_mutating_the_output_is_fine(op: str, place) -> None:
+    start, dy = torch.randn(2, 5, 24, device=place.device), torch.randn(2, 5, 24, device=place.device)
+    grads = []
+    for namespace in (FF, F):
+        x = leaf(start)
+        y = call(op, namespace, x, (24,))
+        y.mul_(3).add_(1)
+        y[..., 0].zero_()
+        y.backward(dy)
+        grads.append(x.grad)
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
+
+
+def test_saved_tensor_hooks_see_every_saved_tensor(place) -> None:
+    """Offloading and checkpointing work through these hooks; what bypasses them breaks them."""
+    x, w = (
+        torch.randn(5, 24, device=place.device, requires_grad=True),
+        torch.randn(24, device=place.device, requires_grad=True),
+    )
+    packed = []
+
+    def pack(t: Tensor) -> Tensor:
+        packed.append(t.shape)
+        return t.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = FF.layer_norm(x, (24,), w)
+    assert (5, 24) in packed
+    dy = torch.randn_like(y)
+    dx, dw = torch.autograd.grad(y, (x, w), dy)
+    x2, w2 = leaf(x), leaf(w)
+    for a, e in zip((dx, dw), torch.autograd.grad(F.layer_norm(x2, (24,), w2), (x2, w2), dy), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant: bool, place) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    start, w = torch.randn(5, 24, device=place.device), torch.randn(24, device=place.device)
+    grads = []
+    for wrapped in (False, True):
+        x = leaf(start)
+
+        def block(t: Tensor) -> Tensor:
+            return FF.layer_norm(t, (24,), w).sin()
+
+        y = checkpoint(block, x, use_reentrant=reentrant) if wrapped else block(x)
+        y.square().sum().backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(*grads, rtol=0, atol=0)
+
+
+@both_ops
+def test_gradcheck_first_order(op: str, place) -> None:
+    leaves = [
+        torch.randn(*s, dtype=torch.float64, device=place.device, requires_grad=True) for s in ((2, 3, 7), (7,), (7,))
+    ]
+    leaves = leaves if op == "layer_norm" else leaves[:2]
+    assert torch.autograd.gradcheck(lambda *t: call(op, FF, t[0], (7,), *t[1:]), leaves)
+
+
+# ------------------------------------------------------------------------------------------------- NaN, Inf and zero
+
+
+@both_ops
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@all_dtypes
+def test_a_bad_value_stays_in_its_row(op: str, value: float, dtype: torch.dtype, place) -> None:
+    x = torch.randn(5, 40).to(place.device, dtype)
+    clean = call(op, FF, x, (40,))
+    x[2, 7] = value
+    y = call(op, FF, x, (40,))
+    theirs = call(op, F, x, (40,))
+    assert torch.equal(y.isnan(), theirs.isnan())
+    others = [0, 1, 3, 4]
+    assert_same_bits(y[others], clean[others])
+    if op == "layer_norm" or value != value:
+        assert y[2].isnan().all()
+    else:
+        assert y[2, 7].isnan() and (y[2].nan_to_num(0.0) == 0).all()
+
+
+@both_ops
+def test_gradients_of_a_bad_row_stay_in_it(op: str, place) -> None:
+    x = torch.randn(5, 40, device=place.device)
+    x[2, 7] = float("inf")
+    dy = torch.randn_like(x)
+    grads = []
+    for namespace in (FF, F):
+        leaf_x = leaf(x)
+        grads.append(torch.autograd.grad(call(op, namespace, leaf_x, (40,)), leaf_x, dy)[0])
+    others = [0, 1, 3, 4]
+    torch.testing.assert_close(grads[0][others], grads[1][others], rtol=1e-5, atol=1e-5)
+    assert grads[0][2].isnan().any() == grads[1][2].isnan().any()
+
+
+@all_dtypes
+def test_constant_rows(dtype: torch.dtype, place) -> None:
+    """Exactly the bias with eps > 0, whatever the constant; NaN with eps = 0."""
+    for constant in (0.0, 1.0, 0.1, -3.7, 1000.1):
+        x = torch.full((3, 77), constant, dtype=dtype, device=place.device)
+        b = torch.randn(77).to(x)
+        y = FF.layer_norm(x, (77,), None, b)
+        if place.backend == "torch":
+            torch.testing.assert_close(y, b.expand(3, 77), rtol=0, atol=0.1)
+        else:
+            assert_same_bits(y, b.expand(3, 77).contiguous(), str(constant))
+    assert FF.layer_norm(torch.ones(3, 77, dtype=dtype, device=place.device), (77,), eps=0.0).isnan().all()
+    assert FF.rms_norm(torch.zeros(3, 77, dtype=dtype, device=place.device), (77,), eps=0.0).isnan().all()
+    assert (FF.rms_norm(torch.zeros(3, 77, dtype=dtype, device=place.device), (77,)) == 0).all()
+
+
+# ------------------------------------------------------------------------------------------------------- determinism
+
+
+@both_ops
+@pytest.mark.parametrize("n", [1, 7, 64, 768, 1000, 20000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_forward_is_batch_invariant(op: str, n: int, dtype: torch.dtype, place) -> None:
+    """A row's output does not depend on how many rows stand beside it, nor on where it stands."""
+    if place.backend == "torch":
+        pytest.skip("torch's own kernels promise nothing")
+    x = torch.randn(67, n).to(place.device, dtype)
+    w = torch.randn(n).to(x)
+    whole = call(op, FF, x, (n,), w)
+    for rows in (1, 2, 3, 4, 5, 8, 16, 31, 66):
+        assert_same_bits(call(op, FF, x[:rows], (n,), w), whole[:rows], f"the first {rows}")
+        assert_same_bits(call(op, FF, x[-rows:], (n,), w), whole[-rows:], f"the last {rows}")
+
+
+@both_ops
+@pytest.mark.parametrize("rows, n", [(1, 20000), (300, 768), (2000, 33)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_runs_repeat_bit_for_bit(op: str, rows: int, n: int, dtype: torch.dtype, place) -> None:
+    case = NormCase(op, rows, n, dtype)
+    inputs = draw(case, place.device)
+    first, second = run(case, inputs), run(case, inputs)
+    for name in ("y", "dx", "dw", "db"):
+        assert_same_bits(getattr(first, name), getattr(second, name), name)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@both_ops
+@pytest.mark.parametrize("rows, n", [(1, 70000), (300, 768), (4000, 33), (3, 4097)])
+def test_bits_do_not_depend_on_the_number_of_threads(op: str, rows: int, n: int, threads) -> None:
+    with fused_norm.use_backend("auto"):
+        if fused_norm.available_backends()["native"] is not None:
+            pytest.skip("native is missing, and torch's own kernels promise nothing")
+        case = NormCase(op, rows, n, torch.float32)
+        inputs = draw(case)
+        results = []
+        for count in (1, 2, 3, 5):
+            threads(count)
+            results.append(run(case, inputs))
+    for other in results[1:]:
+        for name in ("y", "dx", "dw", "db"):
+            assert_same_bits(getattr(results[0], name), getattr(other, name), name)
+
+
+# --------------------------------------------------------------------------------- subclasses, modes, nested, devices
+
+
+class Logging(torch.Tensor):
+    """Records the functions that reach ``__torch_function__``."""
+
+    seen: list = []
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.seen.append(func)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@both_ops
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["input", "weight", "bias"])
+def test_torch_function_subclass_is_handed_to_torchs_function(op: str, which: int, place) -> None:
+    if op == "rms_norm" and which == 2:
+        pytest.skip("rms_norm has no bias")
+    tensors = [torch.randn(5, 24, device=place.device), *(torch.randn(24, device=place.device) for _ in range(2))]
+    expected = call(op, F, tensors[0], (24,), *tensors[1:])
+    tensors[which] = tensors[which].as_subclass(Logging)
+    seen = []
+    for namespace in (F, FF):
+        Logging.seen = []
+        y = call(op, namespace, tensors[0], (24,), *tensors[1:])
+        assert type(y) is Logging
+        torch.testing.assert_close(y.as_subclass(torch.Tensor), expected)
+        seen.append([getattr(f, "__name__", "") for f in Logging.seen if getattr(f, "__name__", "") == op])
+    assert seen[1] and set(seen[1]) == set(seen[0])
+
+
+def test_a_subclass_without_torch_function_of_its_own_keeps_its_type(place) -> None:
+    class Named(torch.Tensor):
+        pass
+
+    x = torch.randn(5, 24, device=place.device).as_subclass(Named)
+    assert type(FF.layer_norm(x, (24,))) is type(F.layer_norm(x, (24,))) is Named
+
+
+def test_parameters_are_served_by_kernels(reference_calls) -> None:
+    """``nn.Parameter`` is a subclass too, and the most common one."""
+    w = torch.nn.Parameter(torch.randn(24))
+    with fused_norm.use_backend("reference"):
+        FF.rms_norm(torch.nn.Parameter(torch.randn(5, 24)), (24,), w).backward(torch.randn(5, 24))
+    assert len(reference_calls.forward) == len(reference_calls.backward) == 1 and w.grad is not None
+
+
+@both_ops
+@pytest.mark.parametrize("which", ["input", "weight", "all"])
+def test_dispatch_subclass_is_handed_to_torchs_function(op: str, which: str, place, reference_calls) -> None:
+    """A wrapper such as DTensor has no memory of its own: a kernel that read its data pointer would read nothing good."""
+    x, w = torch.randn(5, 24, device=place.device), torch.randn(24, device=place.device)
+    if which == "all" or which == "input":
+        x = TwoTensor(x, x.clone() + 1)
+    if which == "all" or which == "weight":
+        w = TwoTensor(w, w.clone() * 2)
+    results = []
+    for namespace in (F, FF):
+        leaves = [t.clone().detach().requires_grad_() for t in (x, w)]
+        y = call(op, namespace, leaves[0], (24,), leaves[1])
+        assert isinstance(y, TwoTensor)
+        results.append((y, *torch.autograd.grad(y, leaves, torch.ones_like(y) * 0.5)))
+    for theirs, ours in zip(*results, strict=True):
+        assert type(theirs) is type(ours)
+        pairs = ((theirs.a, ours.a), (theirs.b, ours.b)) if isinstance(theirs, TwoTensor) else ((theirs, ours),)
+        for t, o in pairs:
+            torch.testing.assert_close(o, t)
+    assert not any(isinstance(t, TwoTensor) for c in reference_calls.forward for t in (c.x, c.weight))
+
+
+@both_ops
+def test_device_context_and_other_function_modes_keep_the_kernels(op: str, reference_calls) -> None:
+    x, w = torch.randn(5, 24, requires_grad=True), torch.randn(24)
+    expected = call(op, F, x, (24,), w)
+
+    class Counting(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    for number, mode in enumerate((torch.device("cpu"), torch.device("meta"), Counting()), 1):
+        with mode, fused_norm.use_backend("reference"):
+            y = call(op, FF, x, (24,), w)
+            y.backward(torch.randn(5, 24, device="cpu"))
+        torch.testing.assert_close(y, expected)
+        assert len(reference_calls.forward) == len(reference_calls.backward) == number
+
+
+@both_ops
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
+def test_nested_tensor_as_torch(op: str, layout: torch.layout, place) -> None:
+    parts = [torch.randn(k, 6, device=place.device) for k in (2, 4, 3)]
+    w, b = torch.randn(6, device=place.device), torch.randn(6, device=place.device)
+
+    def result(namespace):
+        leaves = [leaf(p) for p in parts]
+        nested = torch.nested.as_nested_tensor(leaves, layout=layout)
+        y = call(op, namespace, nested, (6,), w, b)
+        values = torch.cat(list(y.unbind()))
+        return (values, *torch.autograd.grad(values.sin().sum(), leaves))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            theirs = result(F)
+        except Exception as error:
+            with pytest.raises(type(error)):
+                result(FF)
+            return
+        ours = result(FF)
+    for a, e in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
+
+
+@both_ops
+@all_dtypes
+def test_meta_device(op: str, dtype: torch.dtype, place) -> None:
+    x = torch.empty(5, 6, 24, dtype=dtype, device="meta", requires_grad=True)
+    w = torch.empty(24, dtype=dtype, device="meta", requires_grad=True)
+    y = call(op, FF, x.transpose(0, 1), (24,), w)
+    assert (y.shape, y.dtype, y.device.type) == ((6, 5, 24), dtype, "meta")
+    dx, dw = torch.autograd.grad(y, (x, w), torch.empty_like(y))
+    assert (dx.shape, dx.dtype, dx.device.type) == (x.shape, dtype, "meta")
+    assert (dw.shape, dw.dtype, dw.device.type) == (w.shape, dtype, "meta")
+
+
+def test_fake_tensors(place) -> None:
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        x = torch.empty(5, 24, device=place.device, requires_grad=True)
+        y = FF.layer_norm(x, (24,), torch.ones(24, device=place.device))
+        y.sum().backward()
+    assert (y.shape, y.dtype, y.device.type) == ((5, 24), torch.float32, place.device)
+    assert x.grad.shape == x.shape
+
+
+@both_ops
+def test_make_fx_traces_it(op: str, place) -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    x, w = torch.randn(5, 24, device=place.device), torch.randn(24, device=place.device)
+    graph = make_fx(lambda x, w: call(op, FF, x, (24,), w))(x, w)
+    other = torch.randn(5, 24, device=place.device)
+    torch.testing.assert_close(graph(other, w), call(op, F, other, (24,), w))
+
+
+# ------------------------------------------------------------------------------- higher derivatives and torch.func
+
+
+def _three(device: str) -> list[Tensor]:
+    return [torch.randn(*s, dtype=torch.float64, device=device) for s in ((4, 7), (7,), (7,))]
+
+
+def _function(op: str, namespace):
+    """A scalar function of (x, weight, bias) whose every derivative is busy."""
+    return lambda x, w, b: (
+        (call(op, namespace, x, (7,), w, b) * torch.arange(1.0, 8.0, dtype=x.dtype, device=x.device)).sin().sum()
+    )
+
+
+def _close(ours, theirs) -> None:
+    ours, theirs = (torch.utils._pytree.tree_leaves(t) for t in (ours, theirs))
+    assert len(ours) == len(theirs) > 0
+    for a, e in zip(ours, theirs, strict=True):
+        assert e.abs().max() > 1e-3, "a comparison with zero shows nothing"
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9)
+
+
+@both_ops
+def test_double_backward(op: str, place) -> None:
+    inputs = _three(place.device)[: 3 if op == "layer_norm" else 2]
+    results = []
+    upstream = torch.randn(4, 7, dtype=torch.float64, device=place.device)
+    for namespace in (FF, F):
+        leaves = [leaf(t) for t in inputs]
+        dy = leaf(upstream)
+        y = call(op, namespace, leaves[0], (7,), *leaves[1:])
+        first = torch.autograd.grad(y, leaves, dy, create_graph=True)
+        second = torch.autograd.grad(sum(g.sin().sum() for g in first), [leaves[0], leaves[1], dy])
+        results.append((first, second))
+    _close(*results)
+
+
+@both_ops
+def test_gradgradcheck(op: str, place) -> None:
+    leaves = [t.requires_grad_() for t in _three(place.device)[: 3 if op == "layer_norm" else 2]]
+    assert torch.autograd.gradgradcheck(lambda *t: call(op, FF, t[0], (7,), *t[1:]), leaves)
+
+
+@both_ops
+def test_gradient_penalty_reaches_the_parameters(op: str, place) -> None:
+    """Reverse over reverse through ``.backward(create_graph=True)`` in fp32."""
+    start, weight = torch.randn(4, 7, device=place.device), torch.randn(7, device=place.device)
+    results = []
+    for namespace in (FF, F):
+        x, w = leaf(start), leaf(weight)
+        (dx,) = torch.autograd.grad(call(op, namespace, x, (7,), w).sin().sum(), x, create_graph=True)
+        dx.square().sum().backward()
+        results.append((x.grad, w.grad))
+    for a, e in zip(*results, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+
+
+TRANSFORMS = {
+    "grad": lambda f, a: torch.func.grad(f, argnums=(0, 1))(*a),
+    "vjp": lambda f, a: torch.func.vjp(f, *a)[1](torch.ones((), dtype=a[0].dtype, device=a[0].device))[:2],
+    "jvp": lambda f, a: torch.func.jvp(f, tuple(a), tuple(torch.ones_like(t) * (i + 1) + t for i, t in enumerate(a))),
+    "jacrev": lambda f, a: torch.func.jacrev(f, argnums=1)(*a),
+    "jacfwd": lambda f, a: torch.func.jacfwd(f, argnums=1)(*a),
+    "hessian": lambda f, a: torch.func.hessian(f, argnums=1)(*a),
+    "grad of grad": lambda f, a: torch.func.grad(lambda *b: torch.func.grad(f)(*b).sin().sum(), argnums=1)(*a),
+    "vmap over x": lambda f, a: torch.vmap(f, in_dims=(0, None, None))(torch.stack([a[0], a[0] * 2, a[0] - 1]), *a[1:]),
+    "vmap over weight": lambda f, a: torch.vmap(f, in_dims=(None, 0, None))(a[0], torch.stack([a[1], a[1] * 2]), a[2]),
+    "vmap over all": lambda f, a: torch.vmap(f)(*(torch.stack([t, t * 2, t - 1]) for t in a)),
+    "vmap over an inner dimension": lambda f, a: torch.vmap(f, in_dims=(1, None, None))(
+        torch.stack([a[0], a[0] * 2], 1), *a[1:]
+    ),
+    "per-sample gradients": lambda f, a: torch.vmap(torch.func.grad(f, argnums=(0, 1)), in_dims=(0, None, None))(
+        a[0], *a[1:]
+    ),
+    "linearize": lambda f, a: torch.func.linearize(f, *a)[1](*a),
+}
+
+
+@both_ops
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_torch_func(op: str, transform: str, place) -> None:
+    """Right values, never silent zeros."""
+    inputs = _three(place.device)
+    _close(TRANSFORMS[transform](_function(op, FF), inputs), TRANSFORMS[transform](_function(op, F), inputs))
+
+
+@both_ops
+def test_forward_mode(op: str, place) -> None:
+    """Dual numbers in every subset of the inputs, with and without requires_grad."""
+    inputs = _three(place.device)[: 3 if op == "layer_norm" else 2]
+    tangents = [torch.randn_like(t) for t in inputs]
+    for subset in itertools.product([False, True], repeat=len(inputs)):
+        if not any(subset):
+            continue
+        for grad in (False, True):
+            results = []
+            for namespace in (FF, F):
+                leaves = [t.clone().requires_grad_(grad) for t in inputs]
+                with fwAD.dual_level():
+                    duals = [fwAD.make_dual(t, d) if s else t for t, d, s in zip(leaves, tangents, subset, strict=True)]
+                    y = call(op, namespace, duals[0], (7,), *duals[1:])
+                    results.append(tuple(t.detach() for t in fwAD.unpack_dual(y)))
+            _close(*results)
+
+
+@both_ops
+def test_batched_gradients(op: str, place) -> None:
+    """``is_grads_batched`` runs backward under vmap: a kernel there would see batched tensors without memory."""
+    upstream = torch.randn(5, 4, 7, dtype=torch.float64, device=place.device)
+    inputs = _three(place.device)[: 3 if op == "layer_norm" else 2]
+    results = []
+    for namespace in (FF, F):
+        leaves = [leaf(t) for t in inputs]
+        y = call(op, namespace, leaves[0], (7,), *leaves[1:])
+        results.append(torch.autograd.grad(y, leaves, upstream, is_grads_batched=True))
+    _close(*results)
+
+
+def test_jacobian_of_torch_autograd_functional(place) -> None:
+    x = torch.randn(2, 5, dtype=torch.float64, device=place.device)
+    for options in ({}, {"vectorize": True}, {"vectorize": True, "strategy": "forward-mode"}, {"create_graph": True}):
+        ours, theirs = (
+            torch.autograd.functional.jacobian(
+                lambda t, ns=ns: ns.layer_norm(t, (5,)), x.clone().requires_grad_(), **options
+            )
+            for ns in (FF, F)
+        )
+        _close(ours, theirs)
+
+
+# ------------------------------------------------------------------------------------------------ compile, autocast
+
+
+@both_ops
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_fullgraph(op: str, backend: str, dynamic: bool, device: str) -> None:
+    """No graph break, forward and backward, at more than one shape."""
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x, w: call(op, FF, x.sin(), (24,), w) * 2, fullgraph=True, dynamic=dynamic, backend=backend
+    )
+    for rows in (5, 9):
+        x, w, dy = (torch.randn(*s, device=device) for s in ((rows, 24), (24,), (rows, 24)))
+        results = []
+        for function in (compiled, lambda x, w: call(op, F, x.sin(), (24,), w) * 2):
+            leaves = leaf(x), leaf(w)
+            y = function(*leaves)
+            results.append((y, *torch.autograd.grad(y, leaves, dy)))
+        for a, e in zip(*results, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
+
+
+def test_compile_with_inductor(device: str) -> None:
+    torch._dynamo.reset()
+    torch.use_deterministic_algorithms(False)
+    modules = [torch.nn.Linear(16, 24), fused_norm.LayerNorm(24), torch.nn.GELU(), fused_norm.RMSNorm(24)]
+    model = torch.nn.Sequential(*modules).to(device)
+    compiled = torch.compile(model, fullgraph=True)
+    x = torch.randn(5, 16, device=device)
+    results = []
+    for function in (compiled, model):
+        model.zero_grad()
+        y = function(x)
+        y.square().sum().backward()
+        results.append([y.detach(), *(p.grad.clone() for p in model.parameters())])
+    for a, e in zip(*results, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+
+
+@both_ops
+def test_transform_inside_a_compiled_function(op: str, device: str) -> None:
+    torch._dynamo.reset()
+    inputs = _three(device)
+
+    def gradient(namespace):
+        return lambda *a: torch.func.grad(_function(op, namespace), argnums=(0, 1))(*a)
+
+    _close(torch.compile(gradient(FF), fullgraph=True, backend="aot_eager")(*inputs), gradient(F)(*inputs))
+
+
+@both_ops
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_cpu_autocast_leaves_the_dtype_alone(op: str, dtype: torch.dtype) -> None:
+    x, w = torch.randn(5, 24).to(dtype).requires_grad_(), torch.randn(24, requires_grad=True)
+    plain = call(op, FF, x, (24,), w)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = call(op, FF, x, (24,), w), call(op, F, x, (24,), w)
+    assert ours.dtype == theirs.dtype == dtype
+    assert_same_bits(ours, plain)
+    dx, dw = torch.autograd.grad(ours, (x, w), torch.randn(5, 24).to(dtype))
+    assert dx.dtype == dtype and dw.dtype == torch.float32
+
+
+@pytest.mark.gpu
+@both_ops
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_cuda_autocast_runs_in_fp32(op: str, dtype: torch.dtype) -> None:
+    x = torch.randn(5, 24, device="cuda").to(dtype).requires_grad_()
+    w = torch.randn(24, device="cuda", requires_grad=True)
+    with torch.autocast("cuda", torch.float16):
+        y, theirs = call(op, FF, x, (24,), w), call(op, F, x, (24,), w)
+    assert y.dtype == theirs.dtype
+    assert dtype == torch.float64 or y.dtype == torch.float32
+    torch.testing.assert_close(y, theirs, rtol=1e-5, atol=1e-5)
+    dx, dw = torch.autograd.grad(y, (x, w), torch.randn_like(y))
+    assert dx.dtype == dtype and dw.dtype == torch.float32
+
+
+@pytest.mark.gpu
+@both_ops
+def test_kernels_run_on_the_current_stream_and_can_be_captured(op: str) -> None:
+    x, w = torch.randn(64, 512, device="cuda"), torch.randn(512, device="cuda")
+    call(op, FF, x, (512,), w)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = call(op, FF, x, (512,), w)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    torch.testing.assert_close(y, call(op, F, x, (512,), w), rtol=1e-5, atol=1e-5)
+
+
+def test_functions_pickle_and_have_documentation() -> None:
+    import pickle
+
+    for op in OPS:
+        function = getattr(FF, op)
+        assert pickle.loads(pickle.dumps(function)) is function
+        assert function.__doc__ and has_bias(op, "bias") == (
+            "bias" in function.__code__.co_varnames[: function.__code__.co_argcount]
+        )
