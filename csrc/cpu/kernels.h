@@ -1,0 +1,78 @@
+// The CPU kernels' interface: raw pointers and sizes, no torch type. Each instruction set fills in one table of functions.
+#pragma once
+
+#include <cstdint>
+
+namespace fused_norm {
+
+enum class Dtype : int { f64, f32, bf16, f16 };
+
+// Rows of `n` elements. A group is `rows_per_group` consecutive rows; weight and bias hold one set of n, or one per group.
+struct NormForward {
+  const void* x;
+  const void* weight;  // may be null
+  const void* bias;    // may be null
+  void* y;             // contiguous
+  void* rstd;          // one a row, in the accumulation type; null if not wanted
+  void* mean;          // likewise; null for rms too
+  int64_t n;
+  int64_t x_stride;        // elements from one row to the next
+  int64_t rows_per_group;
+  int64_t weight_stride;   // 0: shared by all groups; n: one set a group
+  int64_t bias_stride;     // likewise
+  double eps;
+};
+
+// The rows of each group are cut into `chunks_per_group` chunks of `rows_per_chunk` rows (the last may be shorter); each chunk sums dw and
+// db into partial rows of its own. The shape alone fixes the cut, so the order of the sums does not depend on threads.
+struct NormBackward {
+  const void* dy;
+  const void* x;
+  const void* rstd;
+  const void* mean;    // null for rms
+  const void* weight;  // null: as if all ones
+  void* dx;            // contiguous; null if not needed
+  void* dw_partial;    // (groups * chunks_per_group, n) in the accumulation type; null if not needed
+  void* db_partial;    // likewise
+  int64_t n;
+  int64_t dy_stride;
+  int64_t x_stride;
+  int64_t rows_per_group;
+  int64_t weight_stride;
+  int64_t chunks_per_group;
+  int64_t rows_per_chunk;
+};
+
+// out[g, j] = sum over the group's chunks of partial[g, chunk, j], rounded once to `out_dtype`.
+struct ReducePartials {
+  const void* partial;
+  void* out;
+  int64_t n;
+  int64_t chunks_per_group;
+};
+
+// `dtype` is x's, `weight_dtype` the weight's and bias's: x's own, or f32 for bf16 and f16 x.
+struct Kernels {
+  const char* name;
+  // rows [begin, end)
+  void (*norm_forward)(Dtype dtype, Dtype weight_dtype, bool rms, const NormForward&, int64_t begin, int64_t end);
+  // chunks [begin, end), counted over all groups
+  void (*norm_backward)(Dtype dtype, Dtype weight_dtype, bool rms, const NormBackward&, int64_t begin, int64_t end);
+  // columns [begin, end) of group g
+  void (*reduce_partials)(Dtype dtype, Dtype out_dtype, const ReducePartials&, int64_t group, int64_t begin, int64_t end);
+};
+
+extern const Kernels kernels_default;
+#ifdef FUSED_NORM_X86
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+// The table in use. Chosen once at load: the best this machine has, or less if ATEN_CPU_CAPABILITY asks for less.
+const Kernels& kernels();
+
+// The names this machine can run, best last, and a way to force one of them (false: this machine cannot). For tests and measurements.
+int capabilities(const char* names[3]);
+bool set_capability(const char* name);
+
+}  // namespace fused_norm

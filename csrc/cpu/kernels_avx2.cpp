@@ -1,0 +1,4 @@
+#include "norm_backward.h"
+#include "norm_forward.h"
+
+const fused_norm::Kernels fused_norm::kernels_avx2 = {"avx2", norm_forward, norm_backward, reduce_partials};

@@ -1,0 +1,319 @@
+// A vector register of floats or doubles, as wide as the instruction set that this file is compiled for, and the loads and stores that
+// convert bf16 and fp16 on their way in and out of it.
+//
+// Arithmetic is that of the compilers' vector extension (GCC, Clang): + - * on whole registers, and comparisons that give masks. What it
+// cannot say (fused multiply-add, conversions, sums across lanes) has an intrinsic per instruction set and a portable form.
+//
+// Everything here has internal linkage: three copies of this code, compiled with different flags, live in one library, and the
+// linker must never take one for another. For that reason no function of the standard library is used either.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__) || defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#if defined(CPU_CAPABILITY_AVX512)
+#define FUSED_NORM_VEC_BYTES 64
+#elif defined(CPU_CAPABILITY_AVX2)
+#define FUSED_NORM_VEC_BYTES 32
+#else
+#define FUSED_NORM_VEC_BYTES 16
+#endif
+
+#define FUSED_NORM_INLINE inline __attribute__((always_inline))
+#define FUSED_NORM_NOINLINE __attribute__((noinline))
+
+namespace fused_norm {
+namespace {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+typedef float VecF __attribute__((vector_size(FUSED_NORM_VEC_BYTES)));
+typedef double VecD __attribute__((vector_size(FUSED_NORM_VEC_BYTES)));
+typedef int32_t MaskF __attribute__((vector_size(FUSED_NORM_VEC_BYTES)));
+typedef int64_t MaskD __attribute__((vector_size(FUSED_NORM_VEC_BYTES)));
+typedef uint32_t VecU __attribute__((vector_size(FUSED_NORM_VEC_BYTES)));
+
+// The type that sums are taken in, and its registers.
+template <typename T>
+struct AccOf {
+  using type = float;
+};
+template <>
+struct AccOf<double> {
+  using type = double;
+};
+template <typename T>
+using Acc = typename AccOf<T>::type;
+
+template <typename A>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  using type = VecF;
+  using mask = MaskF;
+  using lane = int32_t;
+};
+template <>
+struct VecOf<double> {
+  using type = VecD;
+  using mask = MaskD;
+  using lane = int64_t;
+};
+template <typename A>
+using Vec = typename VecOf<A>::type;
+template <typename A>
+using Mask = typename VecOf<A>::mask;
+
+template <typename A>
+constexpr int kLanes = FUSED_NORM_VEC_BYTES / sizeof(A);
+
+template <typename A>
+FUSED_NORM_INLINE Vec<A> splat(A a) {
+  return a - Vec<A>{};  // a - 0 is a, for -0.0 and NaN too
+}
+
+// a * b + c, rounded once where the instruction set can.
+FUSED_NORM_INLINE VecF fma(VecF a, VecF b, VecF c) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return (VecF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(CPU_CAPABILITY_AVX2)
+  return (VecF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+FUSED_NORM_INLINE VecD fma(VecD a, VecD b, VecD c) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return (VecD)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(CPU_CAPABILITY_AVX2)
+  return (VecD)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+  return a * b + c;
+#endif
+}
+
+// c - a * b
+FUSED_NORM_INLINE VecF fnma(VecF a, VecF b, VecF c) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return (VecF)_mm512_fnmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(CPU_CAPABILITY_AVX2)
+  return (VecF)_mm256_fnmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return c - a * b;
+#endif
+}
+FUSED_NORM_INLINE VecD fnma(VecD a, VecD b, VecD c) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return (VecD)_mm512_fnmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(CPU_CAPABILITY_AVX2)
+  return (VecD)_mm256_fnmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+  return c - a * b;
+#endif
+}
+
+// The sum of the lanes, by halves: lanes l and l + L/2 are added, then l and l + L/4, and so on.
+#if defined(__SSE2__)
+FUSED_NORM_INLINE float sum_lanes128(__m128 v) {
+  v = _mm_add_ps(v, _mm_movehl_ps(v, v));
+  return _mm_cvtss_f32(_mm_add_ss(v, _mm_shuffle_ps(v, v, 1)));
+}
+FUSED_NORM_INLINE double sum_lanes128(__m128d v) { return _mm_cvtsd_f64(_mm_add_sd(v, _mm_unpackhi_pd(v, v))); }
+#endif
+FUSED_NORM_INLINE float sum_lanes(VecF v) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m256 h = _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+  return sum_lanes128(_mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
+#elif defined(CPU_CAPABILITY_AVX2)
+  return sum_lanes128(_mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1)));
+#elif defined(__SSE2__)
+  return sum_lanes128((__m128)v);
+#else
+  return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
+}
+FUSED_NORM_INLINE double sum_lanes(VecD v) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m256d h = _mm256_add_pd(_mm512_castpd512_pd256((__m512d)v), _mm512_extractf64x4_pd((__m512d)v, 1));
+  return sum_lanes128(_mm_add_pd(_mm256_castpd256_pd128(h), _mm256_extractf128_pd(h, 1)));
+#elif defined(CPU_CAPABILITY_AVX2)
+  return sum_lanes128(_mm_add_pd(_mm256_castpd256_pd128((__m256d)v), _mm256_extractf128_pd((__m256d)v, 1)));
+#else
+  return v[0] + v[1];
+#endif
+}
+
+// ---- loads: kLanes<Acc<T>> elements from an address of any alignment ----
+
+FUSED_NORM_INLINE VecF load(const float* p) {
+  VecF v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+FUSED_NORM_INLINE VecD load(const double* p) {
+  VecD v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// Sixteen-bit elements, each widened to 32 bits by zeros.
+FUSED_NORM_INLINE VecU load_u16(const void* p) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return (VecU)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(CPU_CAPABILITY_AVX2)
+  return (VecU)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__SSE2__)
+  return (VecU)_mm_unpacklo_epi16(_mm_loadl_epi64((const __m128i*)p), _mm_setzero_si128());
+#else
+  uint16_t h[4];
+  memcpy(h, p, sizeof h);
+  return VecU{h[0], h[1], h[2], h[3]};
+#endif
+}
+// The low 16 bits of each lane.
+FUSED_NORM_INLINE void store_u16(void* p, VecU v) {
+#if defined(CPU_CAPABILITY_AVX512)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)v));
+#elif defined(CPU_CAPABILITY_AVX2)
+  // The lanes hold at most 0xffff, so the saturating pack leaves them alone; it works on 128-bit halves, hence the permutation.
+  const __m256i packed = _mm256_packus_epi32((__m256i)v, (__m256i)v);
+  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+#elif defined(__SSE2__)
+  // SSE2 packs signed lanes only: shift each 16-bit value up and down again to sign-extend it, and the saturation never acts.
+  const __m128i s = _mm_srai_epi32(_mm_slli_epi32((__m128i)v, 16), 16);
+  _mm_storel_epi64((__m128i*)p, _mm_packs_epi32(s, s));
+#else
+  const uint16_t h[4] = {(uint16_t)v[0], (uint16_t)v[1], (uint16_t)v[2], (uint16_t)v[3]};
+  memcpy(p, h, sizeof h);
+#endif
+}
+
+// mask ? a : b, lane by lane
+FUSED_NORM_INLINE VecU select(MaskF mask, VecU a, VecU b) { return (a & (VecU)mask) | (b & ~(VecU)mask); }
+
+// bf16 is the upper half of an fp32.
+FUSED_NORM_INLINE VecF load(const BFloat16* p) { return (VecF)(load_u16(p) << 16); }
+
+FUSED_NORM_INLINE VecF load(const Half* p) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return (VecF)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(CPU_CAPABILITY_AVX2)
+  return (VecF)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  // Move exponent and mantissa into fp32's place; the exponent's bias is then 112 too small, which a product with 2^112 mends, exactly,
+  // for subnormals too. Infinity and NaN come out with too small an exponent and get all its bits.
+  const VecU h = load_u16(p);
+  const VecU magnitude = h & 0x7fffu;
+  const VecU scaled = (VecU)((VecF)(magnitude << 13) * 0x1p112f);
+  const VecU special = (VecU)((MaskF)magnitude > 0x7bff) & 0x7f800000u;
+  return (VecF)(scaled | special | ((h & 0x8000u) << 16));
+#endif
+}
+
+// ---- stores, rounding to nearest even ----
+
+FUSED_NORM_INLINE void store(float* p, VecF v) { memcpy(p, &v, sizeof v); }
+FUSED_NORM_INLINE void store(double* p, VecD v) { memcpy(p, &v, sizeof v); }
+
+FUSED_NORM_INLINE void store(BFloat16* p, VecF v) {
+  // Adding 0x7fff, and 1 more if the kept part is odd, carries into the kept part exactly when rounding up is due.
+  const VecU u = (VecU)v;
+  const VecU rounded = (u + (((u >> 16) & 1u) + 0x7fffu)) >> 16;
+#if defined(CPU_CAPABILITY_AVX512)
+  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+  store_u16(p, (VecU)_mm512_mask_mov_epi32((__m512i)rounded, nan, _mm512_set1_epi32(0x7fc0)));
+#else
+  store_u16(p, select(v != v, VecU{} + 0x7fc0u, rounded));
+#endif
+}
+
+FUSED_NORM_INLINE void store(Half* p, VecF v) {
+#if defined(CPU_CAPABILITY_AVX512)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(CPU_CAPABILITY_AVX2)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  const VecU u = (VecU)v;
+  const VecU magnitude = u & 0x7fffffffu;
+  // Normal: rebias the exponent by -112 and round away 13 bits as for bf16. A carry out of the mantissa is the next exponent.
+  const VecU normal = (magnitude - (112u << 23) + (((magnitude >> 13) & 1u) + 0xfffu)) >> 13;
+  // Below 2^-14 the result is a multiple of 2^-24: adding 0.5 puts that unit at the end of fp32's mantissa, and the addition rounds.
+  const VecU subnormal = (VecU)((VecF)magnitude + 0.5f) - 0x3f000000u;
+  VecU h = select((MaskF)magnitude < (113 << 23), subnormal, normal);
+  h = select((MaskF)magnitude > 0x477fefff, VecU{} + 0x7c00u, h);  // 65520 and above round to infinity
+  h = select((MaskF)magnitude > 0x7f800000, VecU{} + 0x7e00u, h);  // NaN
+  store_u16(p, h | ((u >> 16) & 0x8000u));
+#endif
+}
+
+// One element, for what is not worth a vector.
+FUSED_NORM_INLINE float load_one(const float* p) { return *p; }
+FUSED_NORM_INLINE double load_one(const double* p) { return *p; }
+template <typename T>
+FUSED_NORM_INLINE float load_one(const T* p) {
+  T lanes[kLanes<float>] = {};
+  lanes[0] = *p;
+  return load(lanes)[0];
+}
+
+// The last n % lanes elements of a row, where there are any.
+//
+// In a row of at least one register they are read by a register that ends where the row ends: it holds some elements that came before
+// as well. Elementwise results are simply stored again, with the same values; what goes into a sum passes through `keep`, which
+// clears those lanes. A shorter row is copied to and from a register's worth of memory.
+template <typename A>
+struct Tail {
+  static constexpr int lanes = kLanes<A>;
+  int64_t start;  // the column of lane 0
+  int count;      // elements of the row in the register: lanes, or n for a short row
+  bool any;
+  Mask<A> mask;   // all ones for elements not yet seen
+
+  explicit Tail(int64_t n) {
+    const int rest = (int)(n % lanes);
+    any = rest != 0;
+    const bool whole = n >= lanes;
+    start = whole ? n - lanes : 0;
+    count = whole ? lanes : (int)n;
+    const int first = whole ? lanes - rest : 0;
+    for (int i = 0; i < lanes; i++) mask[i] = (i >= first && i < count) ? -1 : 0;
+  }
+
+  template <typename T>
+  FUSED_NORM_INLINE Vec<A> load(const T* row) const {
+    if (__builtin_expect(count == lanes, 1)) return fused_norm::load(row + start);
+    return load_short(row);
+  }
+  template <typename T>
+  FUSED_NORM_INLINE void store(T* row, Vec<A> v) const {
+    if (__builtin_expect(count == lanes, 1)) return fused_norm::store(row + start, v);
+    store_short(row, v);
+  }
+  FUSED_NORM_INLINE Vec<A> keep(Vec<A> v) const { return (Vec<A>)((Mask<A>)v & mask); }
+
+ private:
+  template <typename T>
+  FUSED_NORM_NOINLINE Vec<A> load_short(const T* row) const {
+    T copy[lanes] = {};
+    for (int i = 0; i < count; i++) copy[i] = row[i];
+    return fused_norm::load(copy);
+  }
+  template <typename T>
+  FUSED_NORM_NOINLINE void store_short(T* row, Vec<A> v) const {
+    T copy[lanes];
+    fused_norm::store(copy, v);
+    for (int i = 0; i < count; i++) row[i] = copy[i];
+  }
+};
+
+}  // namespace
+}  // namespace fused_norm

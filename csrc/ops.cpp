@@ -1,0 +1,287 @@
+// The operators' schemas, and their CPU entry points: check what memory safety needs, allocate, and run a kernel of csrc/cpu over the rows.
+//
+// Only the libtorch stable ABI is used here, so that one build serves every torch since 2.11. csrc/cuda/bindings.cpp registers
+// the CUDA side of the same schemas.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include "cpu/kernels.h"
+
+namespace fused_norm {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Work of fewer elements than this is done by the calling thread: waking another costs more.
+constexpr int64_t kGrain = 32768;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+std::string shape(const Tensor& t) {
+  std::string s = "(";
+  for (int64_t i = 0; i < t.dim(); i++) s += (i ? ", " : "") + std::to_string(t.size(i));
+  return s + (t.dim() == 1 ? ",)" : ")");
+}
+
+Dtype dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double: return Dtype::f64;
+    case ScalarType::Float: return Dtype::f32;
+    case ScalarType::BFloat16: return Dtype::bf16;
+    case ScalarType::Half: return Dtype::f16;
+    default: STD_TORCH_CHECK(false, name, " has dtype ", torch::headeronly::toString(t.scalar_type()), ", expected Double, Float, BFloat16 or Half");
+  }
+}
+
+ScalarType scalar_type(Dtype d) {
+  switch (d) {
+    case Dtype::f64: return ScalarType::Double;
+    case Dtype::f32: return ScalarType::Float;
+    case Dtype::bf16: return ScalarType::BFloat16;
+    default: return ScalarType::Half;
+  }
+}
+
+const char* dtype_name(Dtype d) { return torch::headeronly::toString(scalar_type(d)); }
+Dtype accumulation(Dtype d) { return d == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
+int64_t size_of(Dtype d) { return d == Dtype::f64 ? 8 : d == Dtype::f32 ? 4 : 2; }
+bool param_dtype_fits(Dtype param, Dtype x) { return param == x || (param == Dtype::f32 && x != Dtype::f64); }
+
+// Elements from one row of n to the next, after checking that t is made of such rows.
+int64_t row_stride(const Tensor& t, int64_t n, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu(), name, " is not on the CPU");
+  if (t.is_contiguous()) return n;
+  STD_TORCH_CHECK(
+      t.dim() == 2 && t.size(1) == n && (n == 1 || t.stride(1) == 1), name, " has shape ", shape(t),
+      " and is not contiguous, expected contiguous or 2-D with rows of n = ", n, " adjacent elements");
+  return t.stride(0);
+}
+
+struct Rows {
+  Dtype dtype;
+  int64_t n, count, per_group, stride;
+};
+
+Rows rows_of(const Tensor& x, int64_t n, int64_t groups) {
+  STD_TORCH_CHECK(n >= 1, "n is ", n, ", expected at least 1");
+  STD_TORCH_CHECK(groups >= 1, "groups is ", groups, ", expected at least 1");
+  Rows r{dtype_of(x, "x"), n, x.numel() / n, 0, row_stride(x, n, "x")};
+  STD_TORCH_CHECK(r.count * n == x.numel(), "x has ", x.numel(), " elements, not a multiple of n = ", n);
+  STD_TORCH_CHECK(r.count % groups == 0, "x has ", r.count, " rows, not a multiple of groups = ", groups);
+  r.per_group = r.count / groups;
+  return r;
+}
+
+// 0 where the parameter is shared by all groups, n where each has its own.
+int64_t check_param(const Tensor& p, const Rows& rows, int64_t groups, const char* name) {
+  STD_TORCH_CHECK(p.is_cpu(), name, " is not on the CPU, x is");
+  STD_TORCH_CHECK(p.is_contiguous(), name, " is not contiguous");
+  const Dtype d = dtype_of(p, name);
+  STD_TORCH_CHECK(
+      param_dtype_fits(d, rows.dtype), name, " has dtype ", dtype_name(d), ", x has ", dtype_name(rows.dtype));
+  const int64_t numel = p.numel();
+  STD_TORCH_CHECK(
+      numel == rows.n || (numel / groups == rows.n && numel % groups == 0), name, " has shape ", shape(p),
+      ", expected n = ", rows.n, " elements, or n for each of ", groups, " groups");
+  return numel == rows.n ? 0 : rows.n;
+}
+
+Tensor empty(std::initializer_list<int64_t> sizes, Dtype dtype) {
+  int64_t size[2], stride[2];
+  const int64_t dim = (int64_t)sizes.size();
+  int64_t step = 1;
+  for (int64_t i = dim; i-- > 0; step *= size[i]) {
+    size[i] = sizes.begin()[i];
+    stride[i] = step;
+  }
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dim, size, stride, (int32_t)scalar_type(dtype), aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor empty_contiguous_like(const Tensor& x, Dtype dtype) {
+  const int64_t dim = x.dim();
+  const auto sizes = x.sizes();
+  constexpr int64_t kMost = 8;
+  if (dim > kMost) return torch::stable::new_empty(x, sizes);
+  int64_t stride[kMost];
+  int64_t step = 1;
+  for (int64_t i = dim; i-- > 0; step *= sizes[i]) stride[i] = step;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dim, sizes.data(), stride, (int32_t)scalar_type(dtype), aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+void run(int64_t count, int64_t elements_each, void (*body)(int64_t, int64_t, void*), void* context) {
+  if (count == 0) return;
+  if (count == 1 || count * elements_each <= kGrain) return body(0, count, context);
+  const int64_t grain = std::max<int64_t>(1, kGrain / elements_each);
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, body, context));
+}
+
+// torch's own pool over [0, count), or the calling thread alone where the work is small.
+template <typename F>
+void parallel(int64_t count, int64_t elements_each, const F& f) {
+  run(count, elements_each, [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); },
+      const_cast<F*>(&f));
+}
+
+std::tuple<Tensor, Tensor> norm_forward(
+    const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, int64_t n, int64_t groups, double eps,
+    bool rms, bool need_stats) {
+  const Rows rows = rows_of(x, n, groups);
+  NormForward a{};
+  Dtype param = rows.dtype;
+  int64_t weight_stride = 0, bias_stride = 0;
+  if (weight) {
+    weight_stride = check_param(*weight, rows, groups, "weight");
+    param = dtype_of(*weight, "weight");
+    a.weight = weight->const_data_ptr();
+  }
+  if (bias) {
+    bias_stride = check_param(*bias, rows, groups, "bias");
+    const Dtype d = dtype_of(*bias, "bias");
+    STD_TORCH_CHECK(!weight || d == param, "bias has dtype ", dtype_name(d), ", weight has ", dtype_name(param));
+    param = d;
+    a.bias = bias->const_data_ptr();
+  }
+  Tensor y = empty_contiguous_like(x, rows.dtype);
+  Tensor stats = empty({need_stats ? (rms ? 1 : 2) : 0, rows.count}, accumulation(rows.dtype));
+  a.x = x.const_data_ptr();
+  a.y = y.mutable_data_ptr();
+  if (need_stats) {
+    a.rstd = stats.mutable_data_ptr();
+    if (!rms) a.mean = (char*)a.rstd + rows.count * size_of(accumulation(rows.dtype));
+  }
+  a.n = n;
+  a.x_stride = rows.stride;
+  a.rows_per_group = rows.per_group;
+  a.weight_stride = weight_stride;
+  a.bias_stride = bias_stride;
+  a.eps = eps;
+  const Kernels& k = kernels();
+  parallel(rows.count, n, [&](int64_t begin, int64_t end) { k.norm_forward(rows.dtype, param, rms, a, begin, end); });
+  return {std::move(y), std::move(stats)};
+}
+
+// How a group's rows are cut into chunks, each with partial rows of dw and db of its own. By the shape alone.
+struct Chunks {
+  int64_t per_group, rows;
+};
+Chunks chunks_of(const Rows& rows) {
+  // Enough chunks to keep many cores busy; but at least 16 rows a chunk, so that partial rows stay a small part of the traffic, and
+  // 16384 elements, so that a chunk is worth handing out. A power of two divides evenly among 2, 4, 8... threads.
+  int64_t most = std::min<int64_t>({128, rows.per_group / 16, rows.per_group * rows.n / 16384});
+  int64_t chunks = 1;
+  while (chunks * 2 <= most) chunks *= 2;
+  // The kernels take four rows at a time.
+  const int64_t per_chunk = std::max<int64_t>(4, ceil_div(ceil_div(rows.per_group, chunks), 4) * 4);
+  return {ceil_div(rows.per_group, per_chunk), per_chunk};
+}
+
+Tensor reduce(const Tensor& partial, const Rows& rows, int64_t groups, int64_t chunks, Dtype out_dtype) {
+  Tensor out = empty({groups, rows.n}, out_dtype);
+  const ReducePartials a{partial.const_data_ptr(), out.mutable_data_ptr(), rows.n, chunks};
+  const Kernels& k = kernels();
+  // Blocks of a few columns walk down the partial rows; a block's bounds do not depend on the number of threads.
+  constexpr int64_t kColumns = 1024;
+  const int64_t blocks = ceil_div(rows.n, kColumns);
+  parallel(groups * blocks, std::min(rows.n, kColumns) * std::max<int64_t>(1, chunks), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t first = i % blocks * kColumns;
+      k.reduce_partials(rows.dtype, out_dtype, a, i / blocks, first, std::min(rows.n, first + kColumns));
+    }
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> norm_backward(
+    const Tensor& dy, const Tensor& x, const Tensor& stats, const std::optional<Tensor>& weight, int64_t n, int64_t groups, bool rms,
+    ScalarType param_dtype, bool need_dx, bool need_dw, bool need_db) {
+  const Rows rows = rows_of(x, n, groups);
+  const Dtype acc = accumulation(rows.dtype);
+  STD_TORCH_CHECK(
+      dy.scalar_type() == x.scalar_type(), "dy has dtype ", torch::headeronly::toString(dy.scalar_type()), ", x has ",
+      dtype_name(rows.dtype));
+  STD_TORCH_CHECK(dy.numel() == x.numel(), "dy has shape ", shape(dy), ", x has ", shape(x));
+  NormBackward a{};
+  a.dy = dy.const_data_ptr();
+  a.x = x.const_data_ptr();
+  a.n = n;
+  a.dy_stride = row_stride(dy, n, "dy");
+  a.x_stride = rows.stride;
+  if (need_dx || need_dw) {
+    STD_TORCH_CHECK(stats.is_cpu() && stats.is_contiguous(), "stats is not a contiguous CPU tensor");
+    STD_TORCH_CHECK(
+        stats.scalar_type() == scalar_type(acc), "stats has dtype ", torch::headeronly::toString(stats.scalar_type()), ", expected ",
+        dtype_name(acc));
+    STD_TORCH_CHECK(
+        stats.numel() == (rms ? 1 : 2) * rows.count, "stats has shape ", shape(stats), ", expected (", rms ? 1 : 2, ", ",
+        rows.count, ")");
+    a.rstd = stats.const_data_ptr();
+    if (!rms) a.mean = (const char*)a.rstd + rows.count * size_of(acc);
+  }
+  Dtype weight_dtype = rows.dtype;
+  if (weight) {
+    a.weight_stride = check_param(*weight, rows, groups, "weight");
+    weight_dtype = dtype_of(*weight, "weight");
+    a.weight = weight->const_data_ptr();
+  }
+  Dtype out_dtype = rows.dtype;
+  if (param_dtype != x.scalar_type()) {
+    STD_TORCH_CHECK(
+        param_dtype == ScalarType::Float && rows.dtype != Dtype::f64, "param_dtype is ", torch::headeronly::toString(param_dtype),
+        ", x has ", dtype_name(rows.dtype));
+    out_dtype = Dtype::f32;
+  }
+
+  const Chunks chunks = chunks_of(rows);
+  a.rows_per_group = rows.per_group;
+  a.chunks_per_group = chunks.per_group;
+  a.rows_per_chunk = chunks.rows;
+  Tensor dx = need_dx ? empty_contiguous_like(x, rows.dtype) : empty({0}, rows.dtype);
+  Tensor dw_partial = empty({need_dw ? groups * chunks.per_group : 0, n}, acc);
+  Tensor db_partial = empty({need_db ? groups * chunks.per_group : 0, n}, acc);
+  a.dx = need_dx ? dx.mutable_data_ptr() : nullptr;
+  a.dw_partial = need_dw ? dw_partial.mutable_data_ptr() : nullptr;
+  a.db_partial = need_db ? db_partial.mutable_data_ptr() : nullptr;
+  const Kernels& k = kernels();
+  parallel(groups * chunks.per_group, chunks.rows * n, [&](int64_t begin, int64_t end) {
+    k.norm_backward(rows.dtype, weight_dtype, rms, a, begin, end);
+  });
+  Tensor dw = need_dw ? reduce(dw_partial, rows, groups, chunks.per_group, out_dtype) : empty({0}, out_dtype);
+  Tensor db = need_db ? reduce(db_partial, rows, groups, chunks.per_group, out_dtype) : empty({0}, out_dtype);
+  return {std::move(dx), std::move(dw), std::move(db)};
+}
+
+}  // namespace
+}  // namespace fused_norm
+
+STABLE_TORCH_LIBRARY(fused_norm, m) {
+  m.def(
+      "norm_forward(Tensor x, Tensor? weight, Tensor? bias, int n, int groups, float eps, bool rms, bool need_stats)"
+      " -> (Tensor y, Tensor stats)");
+  m.def(
+      "norm_backward(Tensor dy, Tensor x, Tensor stats, Tensor? weight, int n, int groups, bool rms, ScalarType param_dtype,"
+      " bool need_dx, bool need_dw, bool need_db) -> (Tensor dx, Tensor dw, Tensor db)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_norm, CPU, m) {
+  m.impl("norm_forward", TORCH_BOX(&fused_norm::norm_forward));
+  m.impl("norm_backward", TORCH_BOX(&fused_norm::norm_backward));
+}

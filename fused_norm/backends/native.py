@@ -1,0 +1,130 @@
+"""The C++ backend: loads the compiled extensions, and adapts their operators to the contract in :mod:`fused_norm.backends`.
+
+``fused_norm._C`` holds the operators' schemas and the CPU kernels, ``fused_norm._C_cuda`` the CUDA kernels. Both are optional: without
+them this module imports all the same, and :func:`unavailable` says what is missing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import torch  # before the extensions, which need its libraries loaded
+from torch import Tensor
+
+from .. import reference
+
+_BUILD_NOTE = Path(__file__).parent.parent / "_build_note.txt"  # left by setup.py
+
+
+def _load(name: str) -> str | None:
+    """Import an extension; None, or the reason why it cannot be."""
+    try:
+        importlib.import_module(f"fused_norm.{name}")
+    except ModuleNotFoundError:
+        reason = f"the extension fused_norm.{name} is not built"
+        try:
+            notes = _BUILD_NOTE.read_text().split("\n")
+        except OSError:
+            notes = []
+        return ": ".join([reason, *filter(None, notes)])
+    except Exception as error:  # built for another machine or torch: whatever the loader says
+        return f"the extension fused_norm.{name} does not load: {error}"
+    return None
+
+
+_cpu_missing = _load("_C")
+_cuda_missing = _cpu_missing or _load("_C_cuda")
+
+
+def unavailable(device_type: str) -> str | None:
+    """None, or the reason this backend cannot serve that device type here."""
+    if device_type == "cpu":
+        return _cpu_missing
+    if device_type != "cuda":
+        return f"it has no kernels for {device_type} tensors"
+    if _cuda_missing:
+        return _cuda_missing
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    return None
+
+
+def cpu_capability() -> str | None:
+    """The instruction set in use on the CPU: "default", "avx2" or "avx512"; None without the extension.
+
+    It is the best that the machine has, unless the environment variable ``ATEN_CPU_CAPABILITY`` asked for less when the extension
+    was loaded.
+    """
+    return None if _cpu_missing else _C.cpu_capability()
+
+
+def cpu_capabilities() -> tuple[str, ...]:
+    """The instruction sets that this machine can run, best last."""
+    return () if _cpu_missing else _C.cpu_capabilities()
+
+
+def set_cpu_capability(name: str) -> None:
+    """Use this instruction set from now on, in the whole process. For tests and measurements.
+
+    Raises:
+        ValueError: if this machine cannot run it.
+    """
+    _C.set_cpu_capability(name)
+
+
+def _norm_backward_cuda(
+    dy: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    n: int,
+    groups: int,
+    rms: bool,
+    param_dtype: torch.dtype,
+    need_dx: bool,
+    need_dw: bool,
+    need_db: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Backward without a kernel of our own: torch's where it computes the same thing, else the reference's formulas."""
+    same_dtypes = param_dtype == x.dtype and (weight is None or weight.dtype == x.dtype)
+    # torch's kernel takes the shape of dw and db from the parameters.
+    has_shapes = weight is not None or not (need_dw or need_db)
+    if rms or groups != 1 or not same_dtypes or not has_shapes:
+        return reference.norm_backward(
+            dy, x, stats, weight, n, groups, rms, param_dtype, need_dx, need_dw, need_db
+        )
+    rstd, mean = stats.unsqueeze(-1).unbind(0)
+    weight = None if weight is None else weight.view(n)
+    dx, dw, db = torch.ops.aten.native_layer_norm_backward(
+        dy.reshape(-1, n), x.reshape(-1, n), [n], mean, rstd, weight, weight, [need_dx, need_dw, need_db]
+    )
+    return (
+        dx.view(x.shape) if need_dx else None,
+        dw.view(1, n) if need_dw else None,
+        db.view(1, n) if need_db else None,
+    )
+
+
+if not _cpu_missing:
+    from .. import _C
+
+    #: The contract's function is the operator itself.
+    norm_forward = torch.ops.fused_norm.norm_forward.default
+    _norm_backward_cpu = torch.ops.fused_norm.norm_backward.default
+
+    def norm_backward(dy, x, *args):
+        """The contract's function: the operator, which has a kernel on the CPU so far."""
+        if dy.is_cpu:
+            return _norm_backward_cpu(dy, x, *args)
+        return _norm_backward_cuda(dy, x, *args)
+
+else:
+
+    def norm_forward(*args):
+        """Stands in for the operator that is missing."""
+        raise RuntimeError(_cpu_missing)
+
+    norm_backward = norm_forward
