@@ -4,7 +4,7 @@ import fused_norm
 import fused_norm.functional as FF
 """
 
-from . import functional
+from . import functional, ops
 from .dispatch import available_backends, use_backend
 from .modules import LayerNorm, RMSNorm, TicksCrossEntropyLoss, TicksLoss
 from .patch import PatchReport, patch, unpatch
@@ -19,6 +19,7 @@ __all__ = [
     "TicksLoss",
     "available_backends",
     "functional",
+    "ops",
     "patch",
     "unpatch",
     "use_backend",

@@ -1,0 +1,48 @@
+"""Fakes of the native operators: shapes and dtypes without data, for FakeTensor, ``torch.export`` and ``opcheck``.
+
+The schemas stand in csrc/ops.cpp. Autograd, forward-mode AD and vmap do not go through these operators (a library operator's
+``register_autograd`` gives forward-mode AD silent zeros) but through ``torch.autograd.Function`` in :mod:`fused_norm.autograd`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+
+
+def _stats_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _norm_forward_fake(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, n: int, groups: int, eps: float, rms: bool, need_stats: bool
+) -> tuple[Tensor, Tensor]:
+    rows = x.numel() // n
+    kept = (1 if rms else 2) if need_stats else 0
+    return x.new_empty(x.shape), x.new_empty((kept, rows), dtype=_stats_dtype(x))
+
+
+def _norm_backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    n: int,
+    groups: int,
+    rms: bool,
+    param_dtype: torch.dtype,
+    need_dx: bool,
+    need_dw: bool,
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = x.new_empty(x.shape if need_dx else (0,))
+    dw = x.new_empty((groups, n) if need_dw else (0,), dtype=param_dtype)
+    db = x.new_empty((groups, n) if need_db else (0,), dtype=param_dtype)
+    return dx, dw, db
+
+
+if dispatch.unavailable("native", "norm", "cpu") is None:  # the extension is there, and this has loaded it
+    torch.library.register_fake("fused_norm::norm_forward", _norm_forward_fake)
+    torch.library.register_fake("fused_norm::norm_backward", _norm_backward_fake)
