@@ -1,8 +1,10 @@
 """How a kernel is launched, as a value: a pure function of the shape and the element size.
 
-What decides the order of a reduction over a row (``rows``, ``block_n``, ``num_warps``, ``looped``) depends on n and the element
-size alone, so a row's bits do not depend on the rows beside it. ``parts``, the number of partial sums of dw and db, depends
-on M and groups too. Neither looks at the device's number of multiprocessors.
+What decides the order of a reduction over a row (``rows``, ``block_n``, ``num_warps``, ``looped``) depends on n, the element
+size and the width of a warp alone, so a row's bits do not depend on the rows beside it. ``parts``, the number of partial sums
+of dw and db, depends on M and groups too. Neither looks at the device's number of multiprocessors.
+
+No GPU was at hand when these numbers were chosen: they come from counting bytes and registers, and wait to be measured.
 """
 
 from __future__ import annotations
@@ -10,11 +12,12 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-#: A row wider than this is looped over. Forward holds one fp32 value an element: 32 a thread at 1024 threads, in the 64
-#: registers that a thread then has. fp64 takes two registers a value.
-FORWARD_WHOLE_ROW = {8: 16384, 4: 32768, 2: 32768}
+#: A row wider than this (by element size) is looped over: the widest that the compiler keeps in registers without spilling, on
+#: sm_80, sm_90 and sm_100 (tests/test_triton.py). Forward holds an fp32 value an element, 32 a thread; at 1024 threads, which
+#: 32768 columns need, a thread has 64 registers, too few in fp32, whose loads take twice the registers of bf16's.
+FORWARD_WHOLE_ROW = {8: 8192, 4: 16384, 2: 32768}
 
-#: Backward holds x, dy, the sums for dw and db, and the weight: five values an element.
+#: Backward holds x, dy, the sums for dw and db, and the weight: five values an element, 16 of each a thread at 512 threads.
 BACKWARD_WHOLE_ROW = {8: 4096, 4: 8192, 2: 8192}
 
 
@@ -44,39 +47,41 @@ def _next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _warps(tile: int, per_warp: int) -> int:
-    """Warps for a tile of so many elements, at ``per_warp`` each; at most 1024 threads of 32 lanes."""
-    return max(1, min(32, tile // per_warp))
+def _warps(elements: int, per_thread: int, warp_size: int) -> int:
+    """Warps for a tile of so many elements; a program has at most 1024 threads."""
+    return max(1, min(1024, elements // per_thread) // warp_size)
 
 
 @functools.cache
-def forward_launch(n: int, element_size: int) -> NormLaunch:
+def forward_launch(n: int, element_size: int, warp_size: int = 32) -> NormLaunch:
     """Forward for rows of ``n`` elements of ``element_size`` bytes: its tiles depend on nothing else, so it is batch-invariant."""
-    # 32 values a thread: 128 bytes (fp32) or 64 (bf16) in flight a thread. With about 64 registers 1024 threads share a
-    # multiprocessor, so 64 to 128 KiB are in flight there, above the 20 to 30 KiB that hide an H100's memory latency at 3 TB/s.
-    # A row of up to 1024 elements is one warp's: its sums need no barrier.
-    per_warp = 512 if element_size == 8 else 1024
+    # 32 values a thread (16 in fp64): 128 bytes (fp32) or 64 (bf16) in flight a thread. At 70 to 90 registers some 700 threads
+    # share a multiprocessor, so 45 to 90 KiB are in flight there, above the 20 to 30 KiB that hide an H100's memory latency
+    # at 3 TB/s. A row of up to 1024 elements is one warp's: its sums need no barrier.
+    per_thread = 16 if element_size == 8 else 32
     if n > FORWARD_WHOLE_ROW[element_size]:
-        # Half the threads a multiprocessor holds, so that one program loads while another reduces.
-        return NormLaunch(rows=1, block_n=16 * per_warp, num_warps=16, looped=True)
+        # 512 threads: two programs a multiprocessor, one loads while the other reduces.
+        return NormLaunch(rows=1, block_n=512 * per_thread, num_warps=512 // warp_size, looped=True)
     block_n = _next_power_of_2(n)
-    rows = max(1, min(64, per_warp // block_n))
-    return NormLaunch(rows, block_n, _warps(rows * block_n, per_warp), looped=False)
+    rows = max(1, min(64, warp_size * per_thread // block_n))
+    return NormLaunch(rows, block_n, _warps(rows * block_n, per_thread, warp_size), looped=False)
 
 
 @functools.cache
-def backward_launch(n: int, element_size: int) -> NormLaunch:
+def backward_launch(n: int, element_size: int, warp_size: int = 32) -> NormLaunch:
     """Backward for rows of ``n`` elements of ``element_size`` bytes."""
-    # 16 values a thread of each of x, dy, dw, db and w: 80 registers and what addresses take, within the 128 that leave room
-    # for 512 threads on a multiprocessor: two programs of 8 warps.
-    per_warp = 256 if element_size == 8 else 512
     if n > BACKWARD_WHOLE_ROW[element_size]:
-        # Partial sums of dw and db are read and written once for each tile, 16/rows bytes an element: 8 rows make that small
-        # beside the 20 (fp32) or 10 (bf16) of the tensors themselves, and leave M/8 tiles to share out.
-        return NormLaunch(rows=8, block_n=per_warp, num_warps=8, looped=True)
+        # A warp a row, so that a thread has the addresses of one row to hold. The partial sums of dw and db are written and
+        # read about once a tile, 16/rows bytes an element: with 16 rows little beside the 20 (fp32) or 10 (bf16) of the tensors
+        # themselves. More rows would leave too few tiles: M/16 programs.
+        return NormLaunch(rows=16, block_n=128 if element_size == 8 else 256, num_warps=512 // warp_size, looped=True)
+    # 16 values a thread (8 in fp64) of each of x, dy, dw, db and w: 80 registers and what addresses take, within the 128 that
+    # let 512 threads share a multiprocessor. So two programs of 256, or one of 512 for the widest rows; tiles of a narrow row
+    # have as many elements, for as many bytes in flight.
+    per_thread = 8 if element_size == 8 else 16
     block_n = _next_power_of_2(n)
-    rows = max(1, min(64, 8 * per_warp // block_n))
-    return NormLaunch(rows, block_n, _warps(rows * block_n, per_warp), looped=False)
+    rows = max(1, min(64, 256 * per_thread // block_n))
+    return NormLaunch(rows, block_n, _warps(rows * block_n, per_thread, warp_size), looped=False)
 
 
 #: The most programs that share the rows in backward, and so the most partial sums of dw and db. 256 is about two programs on
@@ -94,11 +99,11 @@ def backward_partition(rows: int, groups: int, tile_rows: int) -> Partition:
 
 
 @functools.cache
-def reduce_launch(n: int, parts: int) -> NormLaunch:
+def reduce_launch(n: int, parts: int, warp_size: int = 32) -> NormLaunch:
     """The sum of ``parts`` partial rows: 16 columns a program where n is small, to have programs enough, 64 where it is not."""
     block_n = 16 if n <= 8192 else 64
-    rows = min(_next_power_of_2(parts), 4096 // block_n)  # 32 fp32 values a thread at 4 warps
-    return NormLaunch(rows, block_n, 4, looped=parts > rows)
+    rows = min(_next_power_of_2(parts), 4096 // block_n)  # 32 fp32 values a thread at 128 threads
+    return NormLaunch(rows, block_n, 128 // warp_size, looped=parts > rows)
 
 
 def alignment(*strides: int) -> int:

@@ -16,6 +16,7 @@ of the inputs. To that end no integer is specialised upon; ``ALIGN_*`` say by wh
 from __future__ import annotations
 
 import contextlib
+import functools
 import struct
 
 import torch
@@ -24,6 +25,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
+
+#: Triton's default for fusing a multiplication and an addition differs between its versions, and with it the last bit.
+COMPILE_OPTIONS = {"enable_fp_fusion": True}
 
 # ------------------------------------------------------------------------------------------------ pieces of the kernels
 
@@ -35,12 +39,15 @@ def _aligned(value, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def _divide(a, b, FP64: tl.constexpr):
-    """a / b correctly rounded; plain fp32 division is not."""
+def _ratio(a, b, FP64: tl.constexpr):
+    """a / b of two integers, correctly rounded; plain fp32 division is not.
+
+    Means are products with 1/n, taken at the start: a division calls a subroutine, which while a row is in registers costs spills.
+    """
     if FP64:
-        return a / b
+        return tl.cast(a, tl.float64) / tl.cast(b, tl.float64)
     else:
-        return tl.div_rn(a, b.to(tl.float32))
+        return tl.div_rn(tl.cast(a, tl.float32), tl.cast(b, tl.float32))
 
 
 @triton.jit
@@ -102,6 +109,7 @@ def norm_forward_kernel(
 ):
     """mean = x0 + sum(x - x0)/n; rstd = 1/sqrt(sum((x - mean)^2)/n + eps); y = (x - mean)*rstd*w + b. The row stays in registers."""
     ACC: tl.constexpr = tl.float64 if FP64 else tl.float32
+    one_nth = _ratio(1, n, FP64)
     n = _aligned(n, ALIGN_N)
     x_stride = _aligned(x_stride, ALIGN_X)
     group = (tl.program_id(0) // tiles).to(tl.int64)
@@ -118,9 +126,9 @@ def norm_forward_kernel(
         centred = x
     else:
         x0 = tl.load(x_ptr + row * x_stride, mask=row_ok, other=0.0).to(ACC)
-        mean = x0 + _divide(tl.sum(tl.where(ok, x - x0[:, None], 0.0), axis=1), n, FP64)
+        mean = x0 + tl.sum(tl.where(ok, x - x0[:, None], 0.0), axis=1) * one_nth
         centred = tl.where(ok, x - mean[:, None], 0.0)
-    rstd = _reciprocal_sqrt(_divide(tl.sum(centred * centred, axis=1), n, FP64), eps_bits, FP64)
+    rstd = _reciprocal_sqrt(tl.sum(centred * centred, axis=1) * one_nth, eps_bits, FP64)
     if stats_ptr is not None:
         tl.store(stats_ptr + row, rstd, mask=row_ok)
         if not IS_RMS:
@@ -165,6 +173,7 @@ def norm_forward_looped_kernel(
     with means taken relative to x0. So x is read twice in all, once for the statistics and once for y, and not three times.
     """
     ACC: tl.constexpr = tl.float64 if FP64 else tl.float32
+    one_nth = _ratio(1, n, FP64)
     n = _aligned(n, ALIGN_N)
     x_stride = _aligned(x_stride, ALIGN_X)
     group = (tl.program_id(0) // tiles).to(tl.int64)
@@ -183,13 +192,13 @@ def norm_forward_looped_kernel(
         else:
             count = tl.minimum(n - start, BLOCK_N)
             shifted = tl.where(ok, x - x0[:, None], 0.0)
-            chunk_offset = _divide(tl.sum(shifted, axis=1), count, FP64)
+            chunk_offset = tl.sum(shifted, axis=1) * _ratio(1, count, FP64)
             centred = tl.where(ok, shifted - chunk_offset[:, None], 0.0)
-            share = _divide(tl.full([ROWS], 0.0, ACC) + count, start + count, FP64)  # n_b / (n_a + n_b)
+            share = _ratio(count, start + count, FP64)  # n_b / (n_a + n_b)
             delta = chunk_offset - offset
             squares += tl.sum(centred * centred, axis=1) + delta * delta * (share * start)
             offset += delta * share
-    rstd = _reciprocal_sqrt(_divide(squares, n, FP64), eps_bits, FP64)
+    rstd = _reciprocal_sqrt(squares * one_nth, eps_bits, FP64)
     mean = x0 + offset
     if stats_ptr is not None:
         tl.store(stats_ptr + row, rstd)
@@ -224,7 +233,7 @@ def norm_forward(
         groups = 1  # rows need not know their group
     rows = total_rows // groups
     x_stride = _row_stride(x, n)
-    config = launch.forward_launch(n, x.element_size())
+    config = launch.forward_launch(n, x.element_size(), _warp_size(x.device))
     tiles = -(-rows // config.rows)
     kernel = norm_forward_looped_kernel if config.looped else norm_forward_kernel
     with _on_device_of(x):
@@ -249,6 +258,7 @@ def norm_forward(
             ROWS=config.rows,
             BLOCK_N=config.block_n,
             num_warps=config.num_warps,
+            **COMPILE_OPTIONS,
         )
     return y, stats
 
@@ -288,6 +298,7 @@ def norm_backward_kernel(
     A program walks its block of rows in order, whole rows in registers, and keeps its sums for dw and db there too.
     """
     ACC: tl.constexpr = tl.float64 if FP64 else tl.float32
+    one_nth = _ratio(1, n, FP64)
     n = _aligned(n, ALIGN_N)
     dy_stride = _aligned(dy_stride, ALIGN_DY)
     x_stride = _aligned(x_stride, ALIGN_X)
@@ -326,9 +337,9 @@ def norm_backward_kernel(
             g = dy
             if weight_ptr is not None:
                 g = dy * w
-            dx = g - xhat * _divide(tl.sum(g * xhat, axis=1), n, FP64)[:, None]
+            dx = g - xhat * (tl.sum(g * xhat, axis=1) * one_nth)[:, None]
             if not IS_RMS:
-                dx = dx - _divide(tl.sum(g, axis=1), n, FP64)[:, None]
+                dx = dx - (tl.sum(g, axis=1) * one_nth)[:, None]
             tl.store(dx_ptr + row[:, None] * n + cols, dx * rstd[:, None], mask=ok)
 
     flat_cols = tl.arange(0, BLOCK_N)
@@ -376,6 +387,7 @@ def norm_backward_looped_kernel(
     First for the two row sums of dx (left out where dx is not needed), then for dx and the sums over the rows.
     """
     ACC: tl.constexpr = tl.float64 if FP64 else tl.float32
+    one_nth = _ratio(1, n, FP64)
     n = _aligned(n, ALIGN_N)
     dy_stride = _aligned(dy_stride, ALIGN_DY)
     x_stride = _aligned(x_stride, ALIGN_X)
@@ -399,8 +411,8 @@ def norm_backward_looped_kernel(
                 mean = tl.load(stats_ptr + total_rows + row, mask=row_ok, other=0.0)[:, None]
 
         if dx_ptr is not None:
-            sum_g = tl.zeros([ROWS], ACC)
-            sum_g_xhat = tl.zeros([ROWS], ACC)
+            sum_g = tl.zeros([ROWS, BLOCK_N], ACC)  # a lane for each column of a chunk, added up after the loop
+            sum_g_xhat = tl.zeros([ROWS, BLOCK_N], ACC)
             for start in range(0, n, BLOCK_N):
                 cols = (start + tile_cols)[None, :]
                 ok = row_ok[:, None] & (cols < n)
@@ -408,11 +420,12 @@ def norm_backward_looped_kernel(
                 x = tl.load(x_row_ptr + cols, mask=ok, other=0.0, eviction_policy="evict_last").to(ACC)
                 if weight_ptr is not None:
                     g = g * tl.load(weight_ptr + cols, mask=cols < n, other=0.0).to(ACC)
-                sum_g_xhat += tl.sum(g * tl.where(ok, (x - mean) * rstd, 0.0), axis=1)
+                sum_g_xhat += g * tl.where(ok, (x - mean) * rstd, 0.0)
                 if not IS_RMS:
-                    sum_g += tl.sum(g, axis=1)
-            mean_g = _divide(sum_g, n, FP64)[:, None]
-            mean_g_xhat = _divide(sum_g_xhat, n, FP64)[:, None]
+                    sum_g += g
+            mean_g_xhat = (tl.sum(sum_g_xhat, axis=1) * one_nth)[:, None]
+            if not IS_RMS:
+                mean_g = (tl.sum(sum_g, axis=1) * one_nth)[:, None]
 
         for start in range(0, n, BLOCK_N):
             cols = (start + tile_cols)[None, :]
@@ -493,7 +506,7 @@ def norm_backward(
     rows = total_rows // groups
     fp64 = x.dtype == torch.float64
     x_stride, dy_stride, weight_stride = _row_stride(x, n), _row_stride(dy, n), _group_stride(weight, n)
-    config = launch.backward_launch(n, x.element_size())
+    config = launch.backward_launch(n, x.element_size(), _warp_size(x.device))
     share = launch.backward_partition(rows, groups, config.rows)
     # A single partial row that is written once is the result.
     direct = share.parts == 1 and not (config.looped and rows > config.rows)
@@ -535,9 +548,10 @@ def norm_backward(
             ROWS=config.rows,
             BLOCK_N=config.block_n,
             num_warps=config.num_warps,
+            **COMPILE_OPTIONS,
         )
         if (need_dw or need_db) and not direct:
-            config = launch.reduce_launch(n, share.parts)
+            config = launch.reduce_launch(n, share.parts, _warp_size(x.device))
             norm_backward_reduce_kernel[(-(-n // config.block_n), groups)](
                 dw_partial,
                 db_partial,
@@ -550,6 +564,7 @@ def norm_backward(
                 PARTS=config.rows,
                 BLOCK_N=config.block_n,
                 num_warps=config.num_warps,
+                **COMPILE_OPTIONS,
             )
     return dx, dw, db
 
@@ -574,6 +589,12 @@ def _group_stride(parameter: Tensor | None, n: int) -> int:
 def _float_bits(value: float, fp64: bool) -> int:
     """The bits of ``value`` as fp64 or fp32: Triton hands a Python float over as fp32 whatever it is needed for."""
     return struct.unpack("<q", struct.pack("<d", value))[0] if fp64 else struct.unpack("<i", struct.pack("<f", value))[0]
+
+
+@functools.cache
+def _warp_size(device: torch.device) -> int:
+    """Lanes of a warp: 64 on AMD's data-centre GPUs. Triton takes 32 on XPU, and the interpreter has none."""
+    return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
 
 
 def _on_device_of(t: Tensor) -> contextlib.AbstractContextManager:
