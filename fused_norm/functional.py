@@ -106,14 +106,14 @@ def _norm(
         args = (x, shape, weight, eps) if rms else (x, shape, weight, bias, eps)
         return handle_torch_function(public, (x,), *args)
 
-    n = _row_length(rms, x, shape)
+    n = _row_length(rms, x, shape, weight, bias)
     if n is None or type(eps) not in (float, int):
         if n is None or eps is not None or not rms:
             return _torch_norm(rms, x, shape, weight, bias, eps)
         eps = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
 
     device_type = "cpu" if x.is_cpu else x.device.type
-    if device_type != "cpu" and torch.is_autocast_enabled(device_type):
+    if device_type != "cpu" and _autocast_enabled(device_type):
         x, weight, bias = (t.float() if t is not None and t.dtype in _LOW_PRECISION else t for t in (x, weight, bias))
     if weight is not None or bias is not None:
         weight, bias = _checked_params(rms, x, n, shape, weight, bias)
@@ -128,6 +128,10 @@ def _norm(
     ):
         return Norm.apply(x, weight, bias, n, eps, rms, backend)
     return norm_forward(x, weight, bias, n, eps, rms, backend)[0]
+
+
+def _autocast_enabled(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _torch_norm(rms, x, shape, weight, bias, eps) -> Tensor:
@@ -157,7 +161,7 @@ def _transformed_norm(rms, x, shape, weight, bias, n, eps) -> Tensor:
     )
 
 
-def _row_length(rms: bool, x: Tensor, shape: Sequence[int]) -> int | None:
+def _row_length(rms: bool, x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> int | None:
     """The number of elements in a row; None where torch's own function should answer (or raise TypeError).
 
     Raises the exception class that torch raises for the same function, with both values in the message.
@@ -178,12 +182,14 @@ def _row_length(rms: bool, x: Tensor, shape: Sequence[int]) -> int | None:
         message = f"input has shape {tuple(given)}, whose trailing dimensions are not normalized_shape {tuple(shape)}"
         # torch's rms_norm counts dimensions first, and with another class
         raise ValueError(message) if rms and len(given) < k else RuntimeError(message)
-    if x.dtype not in _DTYPES:
-        if rms and x.is_complex():
-            return None
-        name = "rms_norm" if rms else "layer_norm"
-        raise NotImplementedError(f"{name} is not defined for input of {x.dtype}; it takes {_DTYPE_NAMES}")
-    return n
+    if x.dtype in _DTYPES or (rms and x.is_complex()):
+        return n if x.dtype in _DTYPES else None
+    for name, p in (("weight", weight), ("bias", bias)):
+        if p is not None and p.dtype != x.dtype and not rms:  # torch's layer_norm compares dtypes first
+            raise RuntimeError(f"{name} is {p.dtype}, input is {x.dtype}: layer_norm takes {_DTYPE_NAMES}")
+    raise NotImplementedError(
+        f"{'rms_norm' if rms else 'layer_norm'} is not defined for input of {x.dtype}; it takes {_DTYPE_NAMES}"
+    )
 
 
 def _checked_params(
@@ -275,7 +281,7 @@ def _ticks(
         raise ValueError(f"{reduction!r} is not a reduction; the reductions are 'none', 'mean', 'sum'")
     _check_ticks(z, target, weight)
     device_type = z.device.type
-    if torch.is_autocast_enabled(device_type):
+    if _autocast_enabled(device_type):
         z = z if z.dtype == torch.float64 else z.float()
     classes = z.shape[-1] if z.dim() == 1 else z.shape[1]
     rows = z.unsqueeze(0) if z.dim() == 1 else z if z.dim() == 2 else z.movedim(1, -1).reshape(-1, classes)
