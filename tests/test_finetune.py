@@ -1,4 +1,4 @@
-"""examples/finetune_bert.py from end to end, on a BERT of two narrow layers and rows made up here: nothing is downloaded."""
+"""examples/finetune_bert.py from end to end, on a BERT of two narrow layers and made-up rows: nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -23,11 +23,8 @@ pytest.importorskip("matplotlib", reason="the example needs matplotlib")
 pytest.importorskip("tqdm", reason="the example needs tqdm")
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-GOOD, BAD, PLAIN = (
-    ["superb", "moving", "funny"],
-    ["dull", "stale", "clumsy"],
-    ["film", "plot", "cast", "story", "scene"],
-)
+GOOD, BAD = ["superb", "moving", "funny"], ["dull", "stale", "clumsy"]
+PLAIN = ["film", "plot", "cast", "story", "scene"]
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +68,13 @@ def small(tmp_path_factory) -> list[str]:
     texts: dict[str, int] = {}
     while len(texts) < 160:
         label = draw.randrange(2)
-        text = draw.choices(PLAIN, k=draw.randrange(1, 5)) + draw.choices(
-            GOOD if label else BAD, k=draw.randrange(2, 6)
-        )
+        text = draw.choices(GOOD if label else BAD, k=draw.randrange(2, 6))
+        text += draw.choices(PLAIN, k=draw.randrange(1, 5))
         draw.shuffle(text)
         texts[" ".join(text)] = label
     (folder / "rows.tsv").write_text("".join(f"{label}\t{text}\n" for text, label in texts.items()))
-    arguments = "--epochs 2 --batch-size 16 --lr 1e-3 --device cpu --threads 1".split()
-    return ["--model", str(folder / "model"), "--data", str(folder / "rows.tsv"), *arguments]
+    files = ["--model", str(folder / "model"), "--data", str(folder / "rows.tsv")]
+    return [*files, "--epochs", "2", "--batch-size", "16", "--lr", "1e-3", "--device", "cpu", "--threads", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -132,9 +128,9 @@ def test_largest_difference_of_gradients(examples):
     for model, weight in ((a, [[4.0, -8.0]]), (b, [[4.0, -7.0]])):
         model.weight.grad, model.bias.grad = torch.tensor(weight), torch.tensor([0.5])
     assert script.largest_difference(a, b) == (1.0, 0.125, "weight")
-    b.bias.grad = torch.tensor([float("nan")])
+    b.weight.grad = torch.tensor([[4.0, float("nan")]])
     difference, _, where = script.largest_difference(a, b)
-    assert difference != difference and where == "bias", "a NaN went unseen"
+    assert difference != difference and where == "weight", "a NaN went unseen"
 
 
 def test_the_table_reports_the_epoch_chosen_on_dev(finetune, examples, small, tmp_path, capsys, monkeypatch):
