@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -222,7 +223,7 @@ def test_the_gate_sees_a_block_of_rows_in_the_middle(monkeypatch):
         y = F.layer_norm(x, x.shape[-1:], w, b)
         return torch.cat([y[:20], y[20:21] * 2, y[21:]])
 
-    assert judge(call).status == "wrong"
+    assert judge(call).reason.startswith("y: ")
     assert judge(lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b)).status == "ok"
 
 
@@ -378,6 +379,7 @@ def test_the_script_runs_uninstalled_and_elsewhere(tmp_path):
     done = subprocess.run(
         [*command, "--provider", "torch,fused:reference", "--threads", "1", "--output", "out/a.csv"],
         cwd=tmp_path,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
         capture_output=True,
         text=True,
         timeout=120,

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "bench" / "gpu.py"
@@ -178,3 +179,20 @@ def test_the_summary_shows_failures_and_the_table(gpu, tmp_path):
     text = gpu.summary(outcomes, tmp_path, "A GPU")
     assert "| test | a | ok | 1 | 3 passed |" in text and "| bench | b | **failed** | 2 | x \\| y |" in text
     assert "layer_norm forward fp32" in text
+
+
+@pytest.mark.parametrize(("code", "status"), [(0, 0), (3, 1)])
+def test_the_result_folder(gpu, tmp_path, monkeypatch, code, status):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: "Some GPU 80GB")
+    steps = {"test": lambda: [gpu.Step("one", script(f"import sys; print('done'); sys.exit({code})"))]}
+    asked = []
+    monkeypatch.setattr(gpu, "sections", lambda out, chosen: asked.append(chosen) or steps)
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    assert gpu.main(["--section", "test"]) == status and gpu.main([]) == status
+    assert asked == [["test"], ["build", "test", "sanitize", "bench"]]
+    folders = list((tmp_path / "gpu_results").iterdir())
+    assert all(folder.name.startswith("Some-GPU-80GB-") for folder in folders)
+    for name in ("environment.json", "summary.md", "test-one.log"):
+        assert (folders[0] / name).read_text().strip()
+    assert ("**failed**" in (folders[0] / "summary.md").read_text()) == bool(status)
