@@ -47,6 +47,10 @@ __device__ __forceinline__ __half from_acc<__half>(float v) {
 __device__ __forceinline__ float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 __device__ __forceinline__ double multiply_add(double a, double b, double c) { return fma(a, b, c); }
 
+// 1/sqrt(v), for fp32 rounded once: half the error of a division by a square root, and all of the row shares it.
+__device__ __forceinline__ float reciprocal_sqrt(float v) { return __frsqrt_rn(v); }
+__device__ __forceinline__ double reciprocal_sqrt(double v) { return 1 / sqrt(v); }
+
 // A chunk: 16 bytes of a row, as packed 32-bit words, so that a chunk of 2-byte elements takes four registers however it was loaded.
 struct alignas(kChunkBytes) Chunk {
   uint32_t word[kChunkBytes / 4];
@@ -133,23 +137,30 @@ __device__ __forceinline__ void load_params(const W* __restrict__ row, int c, in
   }
 }
 
-// The sum of `v` over the threads of one row, the same bits in each of them. The tree depends on blockDim.x (threads per row) alone:
-// a butterfly inside each warp, then one over the warps' sums in `partial`, kWarp elements of shared memory that this
-// block uses for no other sum, so that one barrier is enough. With blockDim.x <= 32 several rows may share a warp.
-template <typename A>
-__device__ __forceinline__ A sum_over_row(A v, A* partial) {
+// Sums each v[i] over the threads of one row; every thread gets the same bits. The tree depends on blockDim.x (threads per row) alone: a
+// butterfly inside each warp, then one over the warps' sums in `partial`, COUNT*kWarp elements of shared memory that this block uses
+// for no other sum, so that one barrier is enough. With blockDim.x <= 32 several rows may share a warp.
+template <int COUNT, typename A>
+__device__ __forceinline__ void sum_over_row(A (&v)[COUNT], A* partial) {
   const int threads = static_cast<int>(blockDim.x);
   for (int offset = (threads < kWarp ? threads : kWarp) / 2; offset > 0; offset /= 2) {
-    v += __shfl_xor_sync(0xffffffffu, v, offset);
-  }
-  if (threads <= kWarp) return v;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  if (lane == 0) partial[threadIdx.x / kWarp] = v;
-  __syncthreads();
-  v = lane < threads / kWarp ? partial[lane] : A(0);
 #pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
-  return v;
+    for (int i = 0; i < COUNT; ++i) v[i] += __shfl_xor_sync(0xffffffffu, v[i], offset);
+  }
+  if (threads <= kWarp) return;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    if (lane == 0) partial[i * kWarp + warp] = v[i];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) v[i] = lane < threads / kWarp ? partial[i * kWarp + lane] : A(0);
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) v[i] += __shfl_xor_sync(0xffffffffu, v[i], offset);
+  }
 }
 
 }  // namespace fused_norm

@@ -3,6 +3,10 @@
 //     mean = x0 + sum(x - x0)/n     (left out for RMSNorm)         rstd = 1/sqrt(sum((x - mean)^2)/n + eps)
 //     y    = (x - mean)*rstd*w + b, rounded once
 //
+// The first sum rounds in proportion to |x0 - mean|: where the row's first element is an outlier, that alone would put y many times
+// further from the truth than it need be. So the second pass also sums off = sum(x - mean)/n, which is 0 but for rounding: the mean is
+// moved by it, and its square taken from the variance.
+//
 // Data movement. A row belongs to part of a warp, a warp or a block (norm_config.h). An aligned row of up to 32 KB stays in
 // registers from the first pass to the last, any other in shared memory: x is read once and y written once, M*N*E bytes each. Only
 // what shared memory cannot hold is read three times (RMSNorm: twice); the 227 KB of an H100 hold 116 K bf16 or 58 K fp32 elements.
@@ -19,6 +23,9 @@
 #include "norm_config.h"
 
 namespace fused_norm {
+
+// Sums over a row that one call takes.
+constexpr int kSums = 3;
 
 template <typename A>
 struct NormShape {
@@ -101,7 +108,7 @@ struct RowShare<T, VECTOR, false> {
 };
 
 // Block (threads per row, rows per block), grid (ceil(rows / rows per block)). VECTOR: n fills whole chunks, and x, y, weight and
-// bias are 16-byte aligned in every row. Shared memory: 2*kWarp accumulators where a row has more than one warp, then `cached` chunks
+// bias are 16-byte aligned in every row. Shared memory: kSums*kWarp accumulators where a row has more than one warp, then `cached` chunks
 // for each of the block's rows.
 template <typename T, typename W, bool IS_RMS, bool VECTOR, bool IN_REGISTERS>
 __global__ void __launch_bounds__(IN_REGISTERS ? kResidentMaxThreads : kMaxThreads)
@@ -111,7 +118,7 @@ __global__ void __launch_bounds__(IN_REGISTERS ? kResidentMaxThreads : kMaxThrea
   constexpr int K = kPerChunk<T>;
   extern __shared__ __align__(16) unsigned char fused_norm_shared[];
   A* const partial = reinterpret_cast<A*>(fused_norm_shared);
-  Chunk* const cache = reinterpret_cast<Chunk*>(partial + (blockDim.x > kWarp ? 2 * kWarp : 0)) + threadIdx.y * shape.cached;
+  Chunk* const cache = reinterpret_cast<Chunk*>(partial + (blockDim.x > kWarp ? kSums * kWarp : 0)) + threadIdx.y * shape.cached;
 
   // Threads past the last row take part in the shuffles with an empty row.
   const int64_t m = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -121,30 +128,45 @@ __global__ void __launch_bounds__(IN_REGISTERS ? kResidentMaxThreads : kMaxThrea
   RowShare<T, VECTOR, IN_REGISTERS> row(x_row, shape.n, live ? shape.chunks : 0, cache, shape.cached);
 
   A mean = 0;
-  A sum_of_squares = 0;
-  const auto add_squares = [&](const Chunk& chunk, int c) {
-#pragma unroll
-    for (int j = 0; j < K; ++j) {
-      if (!present<VECTOR, K>(c, j, shape.n)) continue;
-      const A d = IS_RMS ? to_acc(chunk_get<T>(chunk, j)) : to_acc(chunk_get<T>(chunk, j)) - mean;
-      sum_of_squares = multiply_add(d, d, sum_of_squares);
-    }
-  };
+  A rstd;
   if constexpr (IS_RMS) {
-    row.first_pass(add_squares);
-  } else {
-    const A x0 = to_acc(x_row[0]);
-    A sum = 0;
+    A squares[1] = {0};
     row.first_pass([&](const Chunk& chunk, int c) {
 #pragma unroll
       for (int j = 0; j < K; ++j) {
-        if (present<VECTOR, K>(c, j, shape.n)) sum += to_acc(chunk_get<T>(chunk, j)) - x0;
+        if (!present<VECTOR, K>(c, j, shape.n)) continue;
+        const A xj = to_acc(chunk_get<T>(chunk, j));
+        squares[0] = multiply_add(xj, xj, squares[0]);
       }
     });
-    mean = x0 + sum_over_row(sum, partial) / length;
-    row.pass(add_squares);
+    sum_over_row(squares, partial);
+    rstd = reciprocal_sqrt(squares[0] / length + shape.eps);
+  } else {
+    const A x0 = to_acc(x_row[0]);
+    A sum[1] = {0};
+    row.first_pass([&](const Chunk& chunk, int c) {
+#pragma unroll
+      for (int j = 0; j < K; ++j) {
+        if (present<VECTOR, K>(c, j, shape.n)) sum[0] += to_acc(chunk_get<T>(chunk, j)) - x0;
+      }
+    });
+    sum_over_row(sum, partial);
+    mean = x0 + sum[0] / length;
+    A centred[2] = {0, 0};  // sum(d), sum(d^2)
+    row.pass([&](const Chunk& chunk, int c) {
+#pragma unroll
+      for (int j = 0; j < K; ++j) {
+        if (!present<VECTOR, K>(c, j, shape.n)) continue;
+        const A d = to_acc(chunk_get<T>(chunk, j)) - mean;
+        centred[0] += d;
+        centred[1] = multiply_add(d, d, centred[1]);
+      }
+    });
+    sum_over_row(centred, partial + kWarp);
+    const A off = centred[0] / length;
+    mean += off;
+    rstd = reciprocal_sqrt(multiply_add(-off, off, centred[1] / length) + shape.eps);
   }
-  const A rstd = A(1) / sqrt(sum_over_row(sum_of_squares, partial + kWarp) / length + shape.eps);
 
   if (!live) return;
   if (stats != nullptr && threadIdx.x == 0) {
@@ -185,14 +207,15 @@ struct NormForwardLaunch {
   int64_t blocks;
   int threads_per_row, rows_per_block;
   size_t shared_bytes;
+  bool vector, in_registers;  // the kernel's own switches, for who wants to know
 };
 
 template <typename T, typename W, bool IS_RMS, bool VECTOR, bool IN_REGISTERS, typename Launch>
 auto choose_done(const NormForward& a, const NormForwardConfig& config, size_t shared_limit, Launch& launch) {
   using A = Acc<T>;
   const int chunks = static_cast<int>((a.n - 1) / kPerChunk<T> + 1);
-  NormForwardLaunch how{(a.rows - 1) / config.rows_per_block + 1, config.threads_per_row, config.rows_per_block, 0};
-  if (config.threads_per_row > kWarp) how.shared_bytes = 2 * kWarp * sizeof(A);
+  NormForwardLaunch how{(a.rows - 1) / config.rows_per_block + 1, config.threads_per_row, config.rows_per_block, 0, VECTOR, IN_REGISTERS};
+  if (config.threads_per_row > kWarp) how.shared_bytes = kSums * kWarp * sizeof(A);
   int cached = 0;
   if (!IN_REGISTERS) {
     const size_t room = (shared_limit - how.shared_bytes) / (sizeof(Chunk) * config.rows_per_block);

@@ -1,0 +1,181 @@
+"""Builds the emulation of ``csrc/cuda/*.cuh`` and calls it: the Python side of driver.cpp.
+
+The kernels are compiled by the C++ compiler with AddressSanitizer and UndefinedBehaviorSanitizer; no CUDA toolkit is needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import struct
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+KERNELS = ROOT / "csrc" / "cuda"
+BUILD = ROOT / "build" / "cuda_emulation"
+
+FLAGS = (
+    # Unoptimised: it compiles in a third of the time, and the switching of fibers takes longer than the arithmetic.
+    *("-std=c++17", "-O0", "-g1", "-fno-omit-frame-pointer", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
+    *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    # A vector load reads elements as words, as it does on the device; multiply-adds are fused where the source says so only.
+    *("-fno-strict-aliasing", "-ffp-contract=off"),
+)
+
+#: The most shared memory a block may have on an H100.
+SHARED_LIMIT = 232448
+
+#: Codes of fused_norm::DType, and the names the kernels know the types by.
+CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+NAMES = {torch.float64: "double", torch.float32: "float", torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
+
+Types = tuple[torch.dtype, torch.dtype]  # of x, and of weight and bias
+
+#: Every pair that the backend contract allows.
+ALL_TYPES: tuple[Types, ...] = tuple((d, d) for d in CODES) + (
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+)
+
+
+class EmulationError(Exception):
+    """The emulated kernel did what it must not do: the message is the sanitizer's or the emulation's report."""
+
+
+@dataclass
+class Call:
+    """One call of norm_forward. ``x`` is (rows, n) and contiguous here; the kernel sees its rows ``x_row_stride`` elements apart."""
+
+    x: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    groups: int = 1
+    eps: float = 1e-5
+    rms: bool = False
+    need_stats: bool = True
+    x_row_stride: int | None = None
+    offsets: tuple[int, int, int, int] = (0, 0, 0, 0)  # elements that x, y, weight and bias begin past a 256-byte boundary
+    shared_limit: int = SHARED_LIMIT
+
+    def encode(self) -> bytes:
+        rows, n = self.x.shape
+        params = [p for p in (self.weight, self.bias) if p is not None]
+        param_dtype = params[0].dtype if params else self.x.dtype
+        sizes = (self.x.element_size(),) * 2 + (param_dtype.itemsize,) * 2
+        header = struct.pack(
+            "16qd",
+            *(CODES[self.x.dtype], CODES[param_dtype], self.rms, self.need_stats),
+            *(self.weight is not None, self.bias is not None, any(p.numel() != n for p in params)),
+            *(self.groups, rows, n, n if self.x_row_stride is None else self.x_row_stride, self.shared_limit),
+            *(offset * size for offset, size in zip(self.offsets, sizes, strict=True)),
+            self.eps,
+        )
+        return b"".join([header, *(_bytes(t) for t in (self.x, *params))])
+
+
+@dataclass
+class Result:
+    y: Tensor
+    stats: Tensor
+    threads_per_row: int
+    rows_per_block: int
+    vector: bool  # 16-byte accesses
+    in_registers: bool
+    shared_bytes: int
+
+
+def _bytes(t: Tensor) -> bytes:
+    return t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def missing() -> str | None:
+    """Why the emulation cannot run on this machine; None if it can."""
+    if compiler() is None:
+        return "no C++ compiler"
+    probe = BUILD / "probe"
+    probe.parent.mkdir(parents=True, exist_ok=True)
+    command = [compiler(), "-xc++", "-", "-fsanitize=address,undefined", "-o", str(probe)]
+    source = "#include <sanitizer/asan_interface.h>\n#include <ucontext.h>\nint main() {}"
+    built = subprocess.run(command, input=source, text=True, capture_output=True)
+    if built.returncode != 0 or subprocess.run([str(probe)], capture_output=True).returncode != 0:
+        return f"{compiler()} has no AddressSanitizer, or no ucontext"
+    return None
+
+
+def _digest(*parts: object) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.read_bytes() if isinstance(part, Path) else repr(part).encode())
+    return digest.hexdigest()[:16]
+
+
+def _compile(defines: list[str], source: Path, kernels: Path) -> Path:
+    """The object file of ``source``, kept in the build folder under a name made of all that went into it."""
+    command = [compiler(), *FLAGS, *defines, "-c", str(source), f"-I{HERE / 'include'}", f"-I{HERE}"]
+    headers = sorted(p for d in (HERE, HERE / "include", kernels) for p in d.iterdir() if p.suffix in (".h", ".cuh"))
+    target = BUILD / f"{source.stem}-{_digest(command, source, *headers)}.o"
+    if not target.exists():
+        unfinished = f"{target}.{os.getpid()}"
+        subprocess.run([*command, f"-I{kernels}", "-o", unfinished], check=True)
+        os.replace(unfinished, target)
+    return target
+
+
+class Emulator:
+    """An executable built from the kernels in the folder ``kernels`` for these types."""
+
+    def __init__(self, types: Sequence[Types], kernels: Path = KERNELS) -> None:
+        BUILD.mkdir(parents=True, exist_ok=True)
+        # The fibers and the driver do not see the kernels' code, only norm.h: a planted bug does not compile them again.
+        units = [([], HERE / "emulation.cpp", KERNELS), ([], HERE / "driver.cpp", KERNELS)]
+        for x, param in types:
+            defines = [f"-DEMULATE_T={NAMES[x]}", f"-DEMULATE_W={NAMES[param]}"]
+            defines += [f"-DEMULATE_DTYPE={CODES[x]}", f"-DEMULATE_PARAM_DTYPE={CODES[param]}"]
+            units.append((defines, HERE / "kernels.cpp", kernels))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [str(o) for o in pool.map(lambda unit: _compile(*unit), units)]
+        self.executable = BUILD / f"emulation-{_digest(objects)}"
+        if not self.executable.exists():
+            unfinished = f"{self.executable}.{os.getpid()}"
+            subprocess.run([compiler(), *FLAGS, *objects, "-o", unfinished], check=True)
+            os.replace(unfinished, self.executable)
+
+    def run(self, *calls: Call) -> list[Result]:
+        """The results of the calls, made one after the other in one process."""
+        environment = os.environ | {
+            "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+            "UBSAN_OPTIONS": "print_stacktrace=1",
+        }
+        done = subprocess.run(
+            [str(self.executable)], input=b"".join(c.encode() for c in calls), capture_output=True, env=environment
+        )
+        if done.returncode != 0:
+            raise EmulationError(f"exit status {done.returncode}\n{done.stderr.decode(errors='replace')}")
+        output, results = done.stdout, []
+        for call in calls:
+            rows, n = call.x.shape
+            chosen, output = struct.unpack("5q", output[:40]), output[40:]
+            acc = torch.float64 if call.x.dtype == torch.float64 else torch.float32
+            stats_rows = 0 if not call.need_stats else 1 if call.rms else 2
+            parts = []
+            for dtype, shape in ((call.x.dtype, (rows, n)), (acc, (stats_rows, rows))):
+                size = dtype.itemsize * shape[0] * shape[1]
+                raw, output = bytearray(output[:size]), output[size:]
+                parts.append(torch.frombuffer(raw, dtype=dtype).reshape(shape) if size else torch.empty(shape, dtype=dtype))
+            threads, rows_per_block, vector, in_registers, shared_bytes = chosen
+            results.append(Result(*parts, threads, rows_per_block, bool(vector), bool(in_registers), shared_bytes))
+        assert not output
+        return results

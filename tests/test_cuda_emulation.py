@@ -1,0 +1,300 @@
+"""The CUDA forward kernel, run on the CPU thread by thread under AddressSanitizer and UndefinedBehaviorSanitizer.
+
+Every call runs under two orders of the warps and must give the same bits, with outputs and shared memory poisoned with NaN and
+guarded at both ends. The second half plants bugs in a copy of the source, and demands that this net catches each.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cuda_emulation.emulator import ALL_TYPES, KERNELS, Call, EmulationError, Emulator, Result, Types, missing
+from torch import Tensor
+
+from fused_norm import reference
+from fused_norm.testing import NormResult, assert_norm_close, relative_error
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=f"no emulation here: {missing()}")]
+
+#: (rows, n): one element; less than a vector; ragged; part of a warp; a warp; several rows a block and the last block not full; a
+#: block; a ragged block; a block that keeps its row in shared memory (above 32 KB), of 512 and of 1024 threads.
+SHAPES = ((50, 1), (50, 2), (30, 7), (9, 63), (9, 64), (33, 100), (70, 16), (5, 768), (3, 1000), (3, 4097), (2, 8200), (2, 20008))
+
+AFFINE = ((True, True), (True, False), (False, True), (False, False))
+
+FP32 = (torch.float32, torch.float32)
+BF16 = (torch.bfloat16, torch.bfloat16)
+
+
+def name(types: Types) -> str:
+    return "/".join(str(t).removeprefix("torch.") for t in dict.fromkeys(types))
+
+
+@pytest.fixture(scope="session")
+def emulator() -> Emulator:
+    return Emulator(ALL_TYPES)
+
+
+def draw(
+    rows: int, n: int, types: Types = FP32, affine: tuple[bool, bool] = (True, True), groups: int = 0, **options
+) -> Call:
+    """A call on random numbers; ``groups`` 0: one group with shared parameters, else parameters per group."""
+
+    def params(present: bool, shift: float) -> Tensor | None:
+        shape = (groups, n) if groups else (n,)
+        return (0.3 * torch.randn(shape, dtype=torch.float64) + shift).to(types[1]) if present else None
+
+    x = (torch.randn(rows, n, dtype=torch.float64) + 0.5).to(types[0])
+    return Call(x, params(affine[0], 1.0), params(affine[1], 0.0), groups=groups or 1, **options)
+
+
+def by_torch(call: Call) -> Tensor | None:
+    """torch's result, where torch takes these types."""
+    n = call.x.shape[1]
+    params = [p for p in (call.weight, call.bias) if p is not None]
+    if any(p.dtype != call.x.dtype or p.numel() != n for p in params) or (call.rms and call.bias is not None):
+        return None
+    if call.rms:
+        return F.rms_norm(call.x, (n,), call.weight, call.eps)
+    return F.layer_norm(call.x, (n,), call.weight, call.bias, call.eps)
+
+
+def check(call: Call, result: Result) -> None:
+    """Hold a result to the fp64 truth by the rule of fused_norm.testing; the statistics to a few roundings."""
+    params = (None if p is None else p.double() for p in (call.weight, call.bias))
+    y, stats = reference.norm_forward(call.x.double(), *params, call.x.shape[1], call.groups, call.eps, call.rms, True)
+    assert_norm_close(NormResult(result.y), NormResult(y), NormResult(by_torch(call)))
+    if call.need_stats:
+        assert relative_error(result.stats, stats) < 8 * torch.finfo(result.stats.dtype).eps
+    else:
+        assert result.stats.numel() == 0
+
+
+def run_and_check(emulator: Emulator, *calls: Call) -> list[Result]:
+    results = emulator.run(*calls)
+    for call, result in zip(calls, results, strict=True):
+        check(call, result)
+    return results
+
+
+def assert_same_bits(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+# --------------------------------------------------------------------------------------------------------- what it computes
+
+
+@pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
+@pytest.mark.parametrize("types", ALL_TYPES, ids=name)
+def test_matches_the_truth(emulator: Emulator, types: Types, rms: bool) -> None:
+    results = run_and_check(emulator, *(draw(m, n, types, rms=rms) for m, n in SHAPES))
+    # The shapes reach every kernel: in registers, in shared memory, element by element.
+    assert {(r.vector, r.in_registers) for r in results} == {(True, True), (True, False), (False, False)}
+
+
+@pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
+@pytest.mark.parametrize("affine", AFFINE, ids=lambda a: "+".join(n for n, p in zip("wb", a, strict=True) if p) or "none")
+def test_every_subset_of_parameters(emulator: Emulator, affine: tuple[bool, bool], rms: bool) -> None:
+    calls = [
+        draw(3, n, t, affine, rms=rms, need_stats=s)
+        for n in (64, 100, 771)
+        for t, s in ((FP32, True), ((torch.bfloat16, torch.float32), False))
+    ]
+    run_and_check(emulator, *calls)
+
+
+@pytest.mark.parametrize("n", [16, 100, 768])
+def test_groups_have_their_own_parameters(emulator: Emulator, n: int) -> None:
+    grouped = draw(12, n, groups=3)
+    shared = replace(grouped, weight=grouped.weight[0], bias=grouped.bias[0])
+    (a, b) = run_and_check(emulator, grouped, shared)
+    assert_same_bits(a.y[:4], b.y[:4])
+    assert not torch.equal(a.y[4:], b.y[4:])
+
+
+def test_a_large_offset_and_a_constant_row(emulator: Emulator) -> None:
+    n = 4096
+    x = torch.randn(3, n) + 1e6
+    x[2] = 1e6 + 0.3
+    (r,) = emulator.run(Call(x))
+    assert (r.y[:2].std(dim=1) - 1).abs().max() < 1e-2
+    assert r.y[2].eq(0).all() and r.stats[1, 2] == x[2, 0]
+
+
+def test_an_outlier_as_first_element_costs_no_accuracy(emulator: Emulator) -> None:
+    calls = [draw(8, n) for n in (64, 768, 4096)]
+    for call in calls:
+        call.x[:, 0] += 100
+    run_and_check(emulator, *calls)
+
+
+@pytest.mark.parametrize("n", [64, 100, 768, 9000])
+def test_nan_and_inf_stay_in_their_row(emulator: Emulator, n: int) -> None:
+    clean = draw(5, n)
+    bad = clean.x.clone()
+    bad[1, n // 2], bad[2, n - 1], bad[4, 0] = math.nan, math.inf, -math.inf
+    good = [0, 3]
+    for rms in (False, True):
+        a, b = emulator.run(replace(clean, rms=rms), replace(clean, x=bad, rms=rms))
+        assert_same_bits(a.y[good], b.y[good])
+        assert b.y[1].isnan().all()
+        if not rms:
+            assert b.y[2].isnan().all() and b.y[4].isnan().all()
+    (r,) = emulator.run(Call(bad, rms=True))
+    assert r.y[2, n - 1].isnan() and r.y[2, : n - 1].eq(0).all()
+    assert r.y[4, 0].isnan() and r.y[4, 1:].eq(0).all()
+
+
+def test_a_constant_row_without_eps_is_nan(emulator: Emulator) -> None:
+    x = torch.full((2, 100), 3.0)
+    x[1] = torch.randn(100)
+    (r,) = emulator.run(Call(x, eps=0.0))
+    assert r.y[0].isnan().all() and not r.y[1].isnan().any()
+
+
+# ------------------------------------------------------------------------------- what its bits may not depend on
+
+
+@pytest.mark.parametrize("types", [FP32, BF16, (torch.float16, torch.float32), (torch.float64, torch.float64)], ids=name)
+@pytest.mark.parametrize("n", [64, 768, 20000])
+def test_alignment_strides_and_memory_change_no_bit(emulator: Emulator, types: Types, n: int) -> None:
+    base = draw(3, n, types)
+    per_chunk = 16 // types[0].itemsize
+    aligned = [base, replace(base, x_row_stride=n + 2 * per_chunk)]
+    narrow = [replace(base, offsets=tuple(int(i == k) for i in range(4))) for k in range(4)]
+    narrow += [replace(base, x_row_stride=n + 1), replace(base, x_row_stride=n + 1, offsets=(3, 1, 1, 2))]
+    # A device whose shared memory holds none of the row, or some of it.
+    small = [replace(c, shared_limit=s) for c in (base, narrow[0]) for s in (2048, 16 * 1024)] if n == 20000 else []
+    results = run_and_check(emulator, *aligned, *narrow, *small)
+    first, launch = results[0], (results[0].threads_per_row, results[0].rows_per_block)
+    for r in results[1:]:
+        assert_same_bits(r.y, first.y)
+        assert_same_bits(r.stats, first.stats)
+        assert (r.threads_per_row, r.rows_per_block) == launch
+    assert all(r.vector for r in results[: len(aligned)])
+    assert not any(r.vector for r in results[len(aligned) : len(aligned) + len(narrow)])
+
+
+@pytest.mark.parametrize("types", [FP32, BF16], ids=name)
+@pytest.mark.parametrize("n", [3, 16, 100, 768, 9000])
+def test_a_row_does_not_depend_on_the_rows_beside_it(emulator: Emulator, types: Types, n: int) -> None:
+    many = draw(37 if n < 9000 else 3, n, types)
+    # The rows alone, in a vector kernel or not as it was among many.
+    rows = [0, many.x.shape[0] - 1]
+    all_rows, *alone = emulator.run(many, *(replace(many, x=many.x[r : r + 1]) for r in rows))
+    for r, one in zip(rows, alone, strict=True):
+        assert_same_bits(one.y[0], all_rows.y[r])
+        assert_same_bits(one.stats[:, 0], all_rows.stats[:, r])
+
+
+def test_an_expanded_row(emulator: Emulator) -> None:
+    base = draw(1, 768)
+    one, many = emulator.run(base, replace(base, x=base.x.expand(5, 768), x_row_stride=0))
+    assert_same_bits(many.y, one.y.expand(5, 768))
+
+
+def test_rows_more_than_two_to_the_31_elements_apart(emulator: Emulator) -> None:
+    run_and_check(emulator, *(draw(2, 64, BF16, x_row_stride=2**31 + d) for d in (8, 9)))
+
+
+# ------------------------------------------------------------------------------------------ bugs that it must catch
+
+
+@dataclass(frozen=True)
+class Bug:
+    """A change of one file of the kernel, the call that meets it, and what the report says (None: the numbers are wrong)."""
+
+    file: str
+    old: str
+    new: str
+    call: Call
+    report: str | None
+
+
+BUGS = {
+    "a removed barrier": Bug(
+        "common.cuh", "  __syncthreads();\n", "", draw(1, 768), "depends on the order in which warps run"
+    ),
+    "one shared array for two sums": Bug(
+        "norm_forward.cuh", "partial + kWarp);", "partial);", draw(1, 768), "depends on the order in which warps run"
+    ),
+    "a barrier not all threads reach": Bug(
+        "common.cuh",
+        "  __syncthreads();\n",
+        "  if (threadIdx.x < kWarp) __syncthreads();\n",
+        draw(1, 768),
+        "32 of 64 threads wait at a barrier",
+    ),
+    "lanes without a row leave before the shuffle": Bug(
+        "norm_forward.cuh",
+        "  const bool live = m < shape.rows;\n",
+        "  const bool live = m < shape.rows;\n  if (!live) return;\n",
+        draw(3, 16),
+        "12 of 32 lanes are at a shuffle",
+    ),
+    "a wrong shuffle offset": Bug("common.cuh", "(threads < kWarp ? threads : kWarp) / 2", "kWarp / 4", draw(1, 128), None),
+    "a read past the row's end": Bug(
+        "common.cuh", "if (present<VECTOR, K>(c, j, n)) v = p[j];", "v = p[j];", draw(1, 99), "heap-buffer-overflow"
+    ),
+    "a write past the row's end": Bug(
+        "common.cuh",
+        "if (present<VECTOR, K>(c, j, n)) p[j] =",
+        "p[j] =",
+        draw(1, 99, affine=(False, False)),
+        "heap-buffer-overflow",
+    ),
+    "a chunk never written": Bug(
+        "norm_forward.cuh", "store_chunk<VECTOR>(y_row", "if (c != 17) store_chunk<VECTOR>(y_row", draw(1, 128), None
+    ),
+    "a 16-byte access to a misaligned row": Bug(
+        "norm_forward.cuh",
+        "const bool vector = whole_chunks && aligned(a.x)",
+        "const bool vector = whole_chunks",
+        draw(2, 64, offsets=(1, 0, 0, 0)),
+        "misaligned address",
+    ),
+    "less shared memory than is used": Bug(
+        "norm_forward.cuh",
+        "how.shared_bytes += sizeof(Chunk) * config.rows_per_block * cached;",
+        "how.shared_bytes += sizeof(Chunk) * config.rows_per_block * (cached - 1);",
+        draw(1, 9000),
+        "use-after-poison",
+    ),
+    "a 32-bit row offset": Bug(
+        "norm_forward.cuh",
+        "x + (live ? m : 0) * shape.x_row_stride",
+        "x + static_cast<int>((live ? m : 0) * shape.x_row_stride)",
+        draw(2, 64, x_row_stride=2**31 + 8),
+        "SEGV",
+    ),
+}
+
+
+def planted(bug: Bug, folder: Path) -> Path:
+    """A copy of the kernels' source with the bug in it."""
+    copy = folder / "cuda"
+    shutil.copytree(KERNELS, copy)
+    text = (copy / bug.file).read_text()
+    assert text.count(bug.old) == 1, f"{bug.file} holds {text.count(bug.old)} times: {bug.old}"
+    (copy / bug.file).write_text(text.replace(bug.old, bug.new))
+    return copy
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_is_caught(emulator: Emulator, bug: str, tmp_path: Path) -> None:
+    planted_bug = BUGS[bug]
+    run_and_check(emulator, planted_bug.call)  # the bug is what fails, not the call
+    broken = Emulator([FP32], planted(planted_bug, tmp_path))
+    if planted_bug.report is None:
+        (result,) = broken.run(planted_bug.call)
+        with pytest.raises(AssertionError, match="limit"):
+            check(planted_bug.call, result)
+    else:
+        with pytest.raises(EmulationError, match=planted_bug.report):
+            broken.run(planted_bug.call)
