@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -331,6 +332,24 @@ def test_what_the_time_did_not_suffice_for_is_told(tmp_path, capsys):
     status, rows, env = bench(tmp_path, *argv, "--shapes", "6x8,7x8", "--seconds", "1e-9")
     assert status == 0 and rows == [] and env["finished"] is False
     assert "with 2 cases" in capsys.readouterr().out
+
+
+def test_one_that_compiles_for_too_long_is_left_out_from_then_on(tmp_path, plant):
+    seen = set()
+
+    def call(x, w, b):
+        if x.shape not in seen:  # once a shape, as a compiler would
+            seen.add(x.shape)
+            time.sleep(1.0)
+        return F.rms_norm(x, x.shape[-1:], w, 1e-6)
+
+    plant("compiler", call)
+    argv = ("--op", "rms_norm", "--dtype", "fp32", "--provider", "torch,compiler", "--shapes", "6x8,7x8,8x8")
+    _, rows, env = bench(tmp_path, *argv, "--seconds", "2.4")
+    rows = [r for r in rows if r["provider"] == "compiler"]
+    assert [(r["m"], r["status"]) for r in rows] == [("6", "ok")] * len(PASSES) + [("7", "skipped")]
+    assert "took 1 s for first calls" in rows[-1]["reason"]
+    assert env["finished"] is True
 
 
 def test_shapes_from_m_and_n_and_the_tables():

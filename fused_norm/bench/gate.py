@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 import torch
@@ -25,12 +26,13 @@ BLOCK_ELEMENTS = 1 << 22
 @dataclass
 class Verdict:
     """``status`` is ok, wrong or error; ``errors`` maps y, dx, dw, db to their relative error; ``no_backward`` is the
-    reason why a provider whose forward is right has no backward."""
+    reason why a provider whose forward is right has no backward; ``seconds`` is what the answer took."""
 
     status: str
     reason: str = ""
     errors: dict[str, float] = field(default_factory=dict)
     no_backward: str = ""
+    seconds: float = 0.0
 
 
 def describe(error: BaseException) -> str:
@@ -89,12 +91,15 @@ def judge(op: Op, inputs: Inputs, providers: list[Provider]) -> tuple[dict[str, 
     no_backward: dict[str, str] = {}
     tensors = dict(zip(("x", "w", "b", "dy"), (inputs.x, inputs.w, inputs.b, inputs.dy), strict=True))
     before = {key: t.detach().clone() for key, t in tensors.items() if t is not None}
+    seconds: dict[str, float] = {}
     for p in providers:
+        begin = time.perf_counter()
         try:
             calls[p.name] = p.make(op)
             answers[p.name], no_backward[p.name] = answer(p, calls[p.name], inputs)
         except Exception as e:  # whatever a provider raises is its verdict, the others go on
             verdicts[p.name] = Verdict("error", describe(e))
+        seconds[p.name] = time.perf_counter() - begin
         for key, old in before.items():
             if not torch.equal(tensors[key].detach(), old):
                 tensors[key].detach().copy_(old)
@@ -110,4 +115,6 @@ def judge(op: Op, inputs: Inputs, providers: list[Provider]) -> tuple[dict[str, 
             if not error <= limit:
                 off.append(f"{key}: error {error:.3g} > {limit:.3g}")
         verdicts[name] = Verdict("wrong" if off else "ok", "; ".join(off), found, no_backward[name])
+    for name, verdict in verdicts.items():
+        verdict.seconds = seconds[name]
     return verdicts, {name: call for name, call in calls.items() if verdicts[name].status == "ok"}

@@ -27,6 +27,10 @@ COPY = "copy"
 
 INTERRUPTED = 130
 
+#: A provider that has used up this part of the time without being timed (by compiling, that is) is left out from then on,
+#: so that the others get through all cases.
+UNTIMED_SHARE = 0.4
+
 
 @dataclass
 class Row:
@@ -140,8 +144,9 @@ def time_pass(
     verdicts: dict[str, gate.Verdict],
     clock: timing.Clock,
     seconds: float,
+    untimed: dict[str, float],
 ) -> list[Row]:
-    """One row for each provider, timed together with a copy of x."""
+    """One row for each provider, timed together with a copy of x; adds the seconds of its warm-up to ``untimed``."""
     m, n = inputs.x.shape
     dtype = inputs.x.dtype
     contenders = [timing.Contender(COPY, lambda: inputs.x.detach().clone)]
@@ -161,6 +166,7 @@ def time_pass(
     for name, s in samples.items():
         row = Row(op.name, pass_name, dtype_name, m, n, name)
         rows.append(row)
+        untimed[name] += s.warm_up_s
         if s.error is not None:
             row.status, row.reason = "error", gate.describe(s.error)
             continue
@@ -203,12 +209,20 @@ def run(args: argparse.Namespace, sink: Sink, progress: Progress, providers: lis
     """Fills the sink; returns how many cases the time did not suffice for."""
     device = torch.device(args.device)
     clock = timing.make_clock(device)
-    grid = [(OPS[op], dtype, m, n) for op in args.op for dtype in args.dtype for m, n in args.shapes]
+    # Shape by shape, so that a run cut short has something to say of every operation and dtype.
+    grid = [(OPS[op], dtype, m, n) for m, n in args.shapes for op in args.op for dtype in args.dtype]
+    untimed = {p.name: 0.0 for p in providers}
     budget = Budget(args.seconds, len(grid) * len(args.passes), len(args.passes))
     for done, (op, dtype, m, n) in enumerate(grid):
         if budget.spent():
             return len(grid) - done
         begin, shared = time.perf_counter(), 0.0
+        for p in [p for p in providers if untimed[p.name] > UNTIMED_SHARE * args.seconds]:
+            reason = (
+                f"took {untimed[p.name]:.0f} s for first calls, more than {UNTIMED_SHARE:.0%} of {args.seconds:.0f} s"
+            )
+            sink.add(Row(op.name, "all", dtype, m, n, p.name, "skipped", reason=f"{reason}, from here on"))
+            providers = [q for q in providers if q is not p]
         try:
             inputs = cases.make_inputs(op, m, n, DTYPES[dtype], device)
             verdicts, calls = gate.judge(op, inputs, providers)
@@ -219,6 +233,7 @@ def run(args: argparse.Namespace, sink: Sink, progress: Progress, providers: lis
                 progress.step(f"{op.name} {dtype} {m}x{n}")
             continue
         for name, verdict in verdicts.items():
+            untimed[name] += verdict.seconds
             if verdict.status != "ok":
                 row = Row(op.name, "all", dtype, m, n, name, verdict.status, reason=verdict.reason)
                 add_errors(row, verdict)
@@ -226,7 +241,7 @@ def run(args: argparse.Namespace, sink: Sink, progress: Progress, providers: lis
         for pass_name in args.passes:
             share = budget.next_group()
             shared += share
-            for row in time_pass(op, pass_name, dtype, inputs, calls, verdicts, clock, share):
+            for row in time_pass(op, pass_name, dtype, inputs, calls, verdicts, clock, share, untimed):
                 sink.add(row)
             progress.step(f"{op.name} {dtype} {m}x{n} {pass_name}")
         budget.overheads.append(max(0.0, time.perf_counter() - begin - shared))

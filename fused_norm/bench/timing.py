@@ -36,6 +36,7 @@ class Samples:
     ms: list[float] = field(default_factory=list)
     call_ms: list[float] = field(default_factory=list)
     error: Exception | None = None
+    warm_up_s: float = 0.0
 
     @property
     def median(self) -> float:
@@ -130,6 +131,7 @@ def time_group(contenders: list[Contender], clock: Clock, seconds: float) -> dic
     samples = {c.name: Samples() for c in contenders}
     ready: dict[str, tuple[Contender, Callable[[], object], float]] = {}
     for c in contenders:
+        begin = time.perf_counter()
         try:
             with c.context():
                 call = c.prepare()
@@ -138,6 +140,7 @@ def time_group(contenders: list[Contender], clock: Clock, seconds: float) -> dic
                 ready[c.name] = (c, call, clock.host_s(call))
         except Exception as e:
             samples[c.name].error = e
+        samples[c.name].warm_up_s = time.perf_counter() - begin
     begin = time.perf_counter()
     for r, order in enumerate(orders(list(ready), MAX_ROUNDS)):
         if r >= MIN_ROUNDS and (time.perf_counter() - begin) * (r + 1) / r > seconds:
