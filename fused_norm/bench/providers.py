@@ -31,6 +31,10 @@ class Provider:
     unavailable: Callable[[torch.device], str | None] = _always
     context: Callable[[], AbstractContextManager] = nullcontext
 
+    @property
+    def ours(self) -> bool:
+        return self.name.partition(":")[0] == "fused"
+
 
 def _torch(op: Op) -> NormCall:
     return partial(op.call, F)
