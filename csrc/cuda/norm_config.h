@@ -13,6 +13,7 @@ constexpr int kWarp = 32;
 // Chunks that a thread keeps in registers: 16 registers. Twice that spills within the 64 a thread that 1024 threads can have.
 constexpr int kResidentChunks = 4;
 constexpr int kResidentMaxThreads = 512;
+constexpr int kResidentMinBlocks = 2;  // 64 registers a thread. Left to itself ptxas tries for 3 blocks in places, and spills
 constexpr int kMaxThreads = 1024;
 
 struct NormForwardConfig {

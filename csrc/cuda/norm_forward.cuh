@@ -111,7 +111,7 @@ struct RowShare<T, VECTOR, false> {
 // bias are 16-byte aligned in every row. Shared memory: kSums*kWarp accumulators where a row has more than one warp, then `cached` chunks
 // for each of the block's rows.
 template <typename T, typename W, bool IS_RMS, bool VECTOR, bool IN_REGISTERS>
-__global__ void __launch_bounds__(IN_REGISTERS ? kResidentMaxThreads : kMaxThreads)
+__global__ void __launch_bounds__(IN_REGISTERS ? kResidentMaxThreads : kMaxThreads, IN_REGISTERS ? kResidentMinBlocks : 1)
     norm_forward_kernel(const T* __restrict__ x, const W* __restrict__ weight, const W* __restrict__ bias, T* __restrict__ y,
                         Acc<T>* __restrict__ stats, const NormShape<Acc<T>> shape) {
   using A = Acc<T>;

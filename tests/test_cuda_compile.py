@@ -1,0 +1,136 @@
+"""The CUDA kernels under nvcc: no spills, registers within bounds, and accesses as wide as they are meant to be. Needs no GPU."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+KERNELS = ROOT / "csrc" / "cuda"
+BUILD = ROOT / "build" / "cuda_compile"
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+
+#: 1024 threads of 64 registers each fill a multiprocessor.
+MOST_REGISTERS = 64
+
+
+def cuda_home() -> Path | None:
+    """A toolkit that has its headers: an nvcc found on PATH may be a script that stands before it."""
+    nvcc = shutil.which("nvcc")
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    if nvcc is not None:
+        candidates.append(str(Path(nvcc).resolve().parent.parent))
+    candidates += sorted(map(str, Path("/usr/local").glob("cuda-*")))
+    for home in map(Path, filter(None, candidates)):
+        if (home / "include" / "cuda_runtime.h").exists() and (home / "bin" / "nvcc").exists():
+            return home
+    return None
+
+
+def cuobjdump() -> str | None:
+    """The toolkit's, or the one that comes with triton."""
+    home, triton = cuda_home(), find_spec("triton")
+    places = [home / "bin"] if home else []
+    if triton is not None and triton.origin is not None:
+        places.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
+    return shutil.which("cuobjdump", path=os.pathsep.join([os.environ.get("PATH", ""), *map(str, places)]))
+
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(cuda_home() is None, reason="no CUDA toolkit (nvcc and its headers) here")]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One instantiation as ptxas reports it."""
+
+    symbol: str
+    registers: int
+    stack: int
+    spilled: int
+
+    @property
+    def switches(self) -> tuple[bool, bool, bool]:
+        """IS_RMS, VECTOR, IN_REGISTERS: the template's three booleans, which end the mangled argument list."""
+        rms, vector, in_registers = re.search(r"Lb([01])ELb([01])ELb([01])EE", self.symbol).groups()
+        return rms == "1", vector == "1", in_registers == "1"
+
+
+def compile_for(architecture: str) -> tuple[Path, str]:
+    """The cubin of norm_forward.cu and what ptxas said; kept in the build folder under a name made of all that went into it."""
+    home = cuda_home()
+    command = [str(home / "bin" / "nvcc"), "-std=c++17", "-O3", f"-arch={architecture}", "-cubin", "-Xptxas", "-v"]
+    version = subprocess.run([command[0], "--version"], check=True, capture_output=True).stdout
+    sources = sorted(p for p in KERNELS.iterdir() if p.suffix in (".h", ".cuh", ".cu"))
+    digest = hashlib.sha256(repr(command).encode() + version + b"".join(p.read_bytes() for p in sources)).hexdigest()[:16]
+    BUILD.mkdir(parents=True, exist_ok=True)
+    cubin = BUILD / f"norm_forward-{digest}.cubin"
+    log = cubin.with_suffix(".log")
+    if not log.exists():
+        source = str(KERNELS / "norm_forward.cu")
+        done = subprocess.run([*command, source, "-o", str(cubin)], text=True, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        log.write_text(done.stdout + done.stderr)
+    return cubin, log.read_text()
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, tuple[Path, str]]:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(ARCHITECTURES, pool.map(compile_for, ARCHITECTURES), strict=True))
+
+
+def kernels(log: str) -> list[Kernel]:
+    pattern = (
+        r"Function properties for (\S+)\n\s*(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
+        r".*?Used (\d+) registers"
+    )
+    return [Kernel(s, int(r), int(frame), int(a) + int(b)) for s, frame, a, b, r in re.findall(pattern, log)]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_registers_and_spills(compiled: dict[str, tuple[Path, str]], architecture: str) -> None:
+    found = kernels(compiled[architecture][1])
+    # 6 pairs of types, layer and rms; in registers, in shared memory, element by element.
+    assert len(found) == 6 * 2 * 3
+    for kernel in found:
+        assert kernel.stack == 0 and kernel.spilled == 0, kernel
+        assert kernel.registers <= MOST_REGISTERS, kernel
+
+
+def disassembled(cubin: Path) -> Iterator[tuple[str, str]]:
+    """Each function of the cubin and its machine code."""
+    text = subprocess.run([cuobjdump(), "--dump-sass", str(cubin)], check=True, text=True, capture_output=True).stdout
+    _, *pieces = re.split(r"Function : (\S+)", text)
+    yield from zip(pieces[::2], pieces[1::2], strict=True)
+
+
+@pytest.mark.skipif(cuobjdump() is None, reason="no cuobjdump here (CUDA toolkit, triton)")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_aligned_rows_move_16_bytes_at_a_time(compiled: dict[str, tuple[Path, str]], architecture: str) -> None:
+    seen = 0
+    for symbol, code in disassembled(compiled[architecture][0]):
+        rms, vector, in_registers = Kernel(symbol, 0, 0, 0).switches
+        accesses = re.findall(r"\b((?:LD|ST)G)\.E((?:\.[A-Z0-9]+)*)", code)
+        wide = [kind for kind, suffix in accesses if ".128" in suffix]
+        narrow = [kind for kind, suffix in accesses if ".128" not in suffix]
+        assert not re.search(r"\b(LDL|STL)\b", code), symbol  # no register array in local memory
+        if not vector:
+            assert not wide, symbol
+            continue
+        seen += 1
+        # Four chunks of x in flight, then weight and bias; one store a chunk.
+        assert wide.count("LDG") >= 4 and wide.count("STG") >= 1, (symbol, accesses)
+        # What is narrow: the pivot (layer only), and rstd and mean.
+        assert narrow.count("LDG") <= (0 if rms else 1), (symbol, accesses)
+        assert narrow.count("STG") <= (1 if rms else 2), (symbol, accesses)
+    assert seen == 6 * 2 * 2
