@@ -99,7 +99,6 @@ def gradcheck(argv: list[str]) -> int:
 
 def main(argv: list[str]) -> int:
     """Dispatch to the sub-command; without one print the report."""
-    commands = "python -m fused_norm [gradcheck | bench] [--help]"
     if not argv:
         return report()
     if argv[0] == "gradcheck":
@@ -108,8 +107,12 @@ def main(argv: list[str]) -> int:
         from .bench.run import main as bench
 
         return bench(argv[1:])
-    print(f"usage: {commands}", file=sys.stdout if argv[0] in ("-h", "--help") else sys.stderr)
-    return 0 if argv[0] in ("-h", "--help") else 2
+    usage = "usage: python -m fused_norm [gradcheck | bench] [--help]"
+    if argv[0] in ("-h", "--help"):
+        print(usage)
+        return 0
+    print(f"unknown command {argv[0]!r}\n{usage}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

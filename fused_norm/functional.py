@@ -233,6 +233,7 @@ def ticks_loss(
     weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     r"""The *ticks* loss (token-wise predictive coding): ``e = p - log p``, p = softmax(input) at the target.
 
@@ -241,6 +242,7 @@ def ticks_loss(
 
     Args, returns and raises: as :func:`ticks_cross_entropy`.
     """
+    _not_yet(label_smoothing=label_smoothing)
     return _ticks(input, target, weight, ignore_index, reduction, 0.0, 1.0)
 
 
@@ -250,8 +252,12 @@ def ticks_cross_entropy(
     weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
+    label_smoothing: float = 0.0,
     *,
     ticks_weight: float = 1e-3,
+    z_loss_weight: float = 0.0,
+    softcap: float | None = None,
+    inplace_backward: bool = False,
 ) -> Tensor:
     r"""Cross entropy regularised by ticks: ``CE + ticks_weight * (p - log p)`` per target.
 
@@ -262,16 +268,30 @@ def ticks_cross_entropy(
         ignore_index: rows with this target count for nothing and get exactly zero gradient.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         ticks_weight: the coefficient of ticks; 0 is ``F.cross_entropy``.
+        label_smoothing, z_loss_weight, softcap, inplace_backward: not available yet; anything but the default raises.
 
     Returns:
         The loss in input's dtype (fp32 under autocast): a scalar, or target's shape for ``"none"``.
 
     Raises:
-        ValueError: shapes that do not fit, or an unknown reduction.
+        ValueError: another number of targets than rows, or an unknown reduction.
         IndexError: on a CPU, a target outside [0, V) that is not ``ignore_index``.
-        RuntimeError: a target that is not int64, a weight of another shape or device.
+        RuntimeError: other shapes that do not fit, a target of another type, a weight of another shape or device.
+        NotImplementedError: an option that is not available yet, or class probabilities as target.
     """
+    _not_yet(
+        label_smoothing=label_smoothing,
+        z_loss_weight=z_loss_weight,
+        softcap=softcap,
+        inplace_backward=inplace_backward,
+    )
     return _ticks(input, target, weight, ignore_index, reduction, 1.0, float(ticks_weight))
+
+
+def _not_yet(**options: float | bool | None) -> None:
+    for name, value in options.items():
+        if value:
+            raise NotImplementedError(f"{name}={value!r} is not available yet; the ticks losses take its default alone")
 
 
 def _ticks(
@@ -285,19 +305,19 @@ def _ticks(
         z = z if z.dtype == torch.float64 else z.float()
     classes = z.shape[-1] if z.dim() == 1 else z.shape[1]
     rows = z.unsqueeze(0) if z.dim() == 1 else z if z.dim() == 2 else z.movedim(1, -1).reshape(-1, classes)
-    flat = target.reshape(-1)
+    flat = target.reshape(-1).long()
     keep = flat != ignore_index
     if z.is_cpu and not _is_compiling() and not transforms_active():
         bad = keep & ((flat < 0) | (flat >= classes))
         if bad.any():
             raise IndexError(f"target {flat[bad][0].item()} is out of range for {classes} classes")
 
-    backend = dispatch.select("ticks", device_type) or reference
     if classes == 0 or flat.numel() == 0:
         loss = rows.sum(1) * 0  # nothing to read, but still connected to the graph
     elif _is_compiling() or transforms_active():
         loss = reference.ticks_forward(rows, flat, ignore_index, ce, ticks)[0]
     else:
+        backend = dispatch.select("ticks", device_type) or reference  # torch has no such function: eager operations
         loss = Ticks.apply(rows, flat, ignore_index, ce, ticks, backend)
 
     row_weight = keep.to(loss.dtype)
@@ -318,14 +338,14 @@ def _check_ticks(z: Tensor, target: Tensor, weight: Tensor | None) -> None:
         raise RuntimeError(
             f"input has shape (), target has shape {tuple(target.shape)}: input needs a dimension of classes"
         )
-    expected = () if z.dim() == 1 else (z.shape[0], *z.shape[2:])
-    if target.is_floating_point() or target.is_complex():
-        raise RuntimeError(f"target is {target.dtype}; it must hold class indices, as torch.int64")
-    if tuple(target.shape) != expected:
-        raise ValueError(
-            f"target has shape {tuple(target.shape)}, but input of shape {tuple(z.shape)} needs {expected}"
-        )
-    if target.dtype != torch.int64:
+    if target.is_floating_point() and target.shape == z.shape:
+        raise NotImplementedError("class probabilities as target are not available yet; target must hold class indices")
+    given, expected = tuple(target.shape), () if z.dim() == 1 else (z.shape[0], *z.shape[2:])
+    if given != expected and not (z.dim() == 1 and given == (1,)):
+        message = f"target has shape {given}, but input of shape {tuple(z.shape)} needs {expected}"
+        batch_differs = len(given) > 0 and given[0] != (1 if z.dim() == 1 else z.shape[0])
+        raise ValueError(message) if batch_differs else RuntimeError(message)
+    if target.dtype not in (torch.int64, torch.uint8):
         raise RuntimeError(f"target is {target.dtype}; it must hold class indices, as torch.int64")
     if z.dtype not in _DTYPES:
         raise NotImplementedError(f"the ticks loss is not defined for input of {z.dtype}; it takes {_DTYPE_NAMES}")

@@ -1,7 +1,7 @@
 """Fakes of the native operators: shapes and dtypes without data, for FakeTensor, ``torch.export`` and ``opcheck``.
 
-The schemas stand in csrc/ops.cpp. Autograd, forward-mode AD and vmap do not go through these operators (a library operator's
-``register_autograd`` gives forward-mode AD silent zeros) but through ``torch.autograd.Function`` in :mod:`fused_norm.autograd`.
+The schemas stand in csrc/ops.cpp. Autograd, forward-mode AD and vmap do not go through these operators (a library
+operator's ``register_autograd`` gives forward-mode AD silent zeros) but through :mod:`fused_norm.autograd`.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def ticks_forward(
     margin = lse_others - z_t
     q = torch.sigmoid(margin)
     nll = -torch.nn.functional.logsigmoid(-margin)
-    loss = ce * nll + ticks * ((1 - q) + nll)
+    loss = (ce + ticks) * nll + ticks * (1 - q)
     return torch.where(keep, loss, 0), torch.logaddexp(lse_others, z_t), q
 
 
