@@ -1,4 +1,7 @@
-"""The CUDA kernels under nvcc: no spills, registers within bounds, and accesses as wide as they are meant to be. Needs no GPU."""
+"""The CUDA kernels under nvcc: no spills, registers within bounds, accesses as wide as they are meant to be.
+
+Needs the CUDA toolkit and no GPU.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ def cuobjdump() -> str | None:
     return shutil.which("cuobjdump", path=os.pathsep.join([os.environ.get("PATH", ""), *map(str, places)]))
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(cuda_home() is None, reason="no CUDA toolkit (nvcc and its headers) here")]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(cuda_home() is None, reason="no CUDA toolkit here")]
 
 
 @dataclass(frozen=True)
@@ -66,14 +69,16 @@ class Kernel:
 
 
 def compile_for(architecture: str) -> tuple[Path, str]:
-    """The cubin of norm_forward.cu and what ptxas said; kept in the build folder under a name made of all that went into it."""
+    """The cubin of norm_forward.cu and what ptxas said, kept in the build folder under a name made of what went in."""
     home = cuda_home()
     command = [str(home / "bin" / "nvcc"), "-std=c++17", "-O3", f"-arch={architecture}", "-cubin", "-Xptxas", "-v"]
     version = subprocess.run([command[0], "--version"], check=True, capture_output=True).stdout
     sources = sorted(p for p in KERNELS.iterdir() if p.suffix in (".h", ".cuh", ".cu"))
-    digest = hashlib.sha256(repr(command).encode() + version + b"".join(p.read_bytes() for p in sources)).hexdigest()[:16]
+    digest = hashlib.sha256(repr(command).encode() + version)
+    for path in sources:
+        digest.update(path.read_bytes())
     BUILD.mkdir(parents=True, exist_ok=True)
-    cubin = BUILD / f"norm_forward-{digest}.cubin"
+    cubin = BUILD / f"norm_forward-{digest.hexdigest()[:16]}.cubin"
     log = cubin.with_suffix(".log")
     if not log.exists():
         source = str(KERNELS / "norm_forward.cu")
@@ -91,7 +96,8 @@ def compiled() -> dict[str, tuple[Path, str]]:
 
 def kernels(log: str) -> list[Kernel]:
     pattern = (
-        r"Function properties for (\S+)\n\s*(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
+        r"Function properties for (\S+)\n"
+        r"\s*(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
         r".*?Used (\d+) registers"
     )
     return [Kernel(s, int(r), int(frame), int(a) + int(b)) for s, frame, a, b, r in re.findall(pattern, log)]
@@ -119,7 +125,7 @@ def disassembled(cubin: Path) -> Iterator[tuple[str, str]]:
 def test_aligned_rows_move_16_bytes_at_a_time(compiled: dict[str, tuple[Path, str]], architecture: str) -> None:
     seen = 0
     for symbol, code in disassembled(compiled[architecture][0]):
-        rms, vector, in_registers = Kernel(symbol, 0, 0, 0).switches
+        rms, vector, _ = Kernel(symbol, 0, 0, 0).switches
         accesses = re.findall(r"\b((?:LD|ST)G)\.E((?:\.[A-Z0-9]+)*)", code)
         wide = [kind for kind, suffix in accesses if ".128" in suffix]
         narrow = [kind for kind, suffix in accesses if ".128" not in suffix]

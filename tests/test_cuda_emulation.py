@@ -1,7 +1,7 @@
 """The CUDA forward kernel, run on the CPU thread by thread under AddressSanitizer and UndefinedBehaviorSanitizer.
 
-Every call runs under two orders of the warps and must give the same bits, with outputs and shared memory poisoned with NaN and
-guarded at both ends. The second half plants bugs in a copy of the source, and demands that this net catches each.
+Every call runs under two orders of the warps and must give the same bits, with outputs and shared memory poisoned with
+NaN and guarded at both ends. The second half plants bugs in a copy of the source, and demands that this net catches each.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from fused_norm.testing import NormResult, assert_norm_close, relative_error
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=f"no emulation here: {missing()}")]
 
-#: (rows, n): one element; less than a vector; ragged; part of a warp; a warp; several rows a block and the last block not full; a
-#: block; a ragged block; a block that keeps its row in shared memory (above 32 KB), of 512 and of 1024 threads.
-SHAPES = ((50, 1), (50, 2), (30, 7), (9, 63), (9, 64), (33, 100), (70, 16), (5, 768), (3, 1000), (3, 4097), (2, 8200), (2, 20008))
+#: (rows, n): one element; less than a vector; ragged; part of a warp; a warp; several rows a block and the last block
+#: not full; a block; a ragged block; a block that keeps its row in shared memory (above 32 KB), of 512 and of 1024
+#: threads. Of the smallest many rows, for an error measured on one number means little.
+SHAPES = ((50, 1), (50, 2), (30, 7), (9, 63), (9, 64), (33, 100), (70, 16), (5, 768), (3, 1000), (3, 4097))
+SHAPES += ((2, 8200), (2, 20008))
 
 AFFINE = ((True, True), (True, False), (False, True), (False, False))
 
@@ -87,7 +89,7 @@ def assert_same_bits(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
-# --------------------------------------------------------------------------------------------------------- what it computes
+# ------------------------------------------------------------------------------------------------- what it computes
 
 
 @pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
@@ -99,7 +101,7 @@ def test_matches_the_truth(emulator: Emulator, types: Types, rms: bool) -> None:
 
 
 @pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
-@pytest.mark.parametrize("affine", AFFINE, ids=lambda a: "+".join(n for n, p in zip("wb", a, strict=True) if p) or "none")
+@pytest.mark.parametrize("affine", AFFINE, ids=["w+b", "w", "b", "none"])
 def test_every_subset_of_parameters(emulator: Emulator, affine: tuple[bool, bool], rms: bool) -> None:
     calls = [
         draw(3, n, t, affine, rms=rms, need_stats=s)
@@ -161,7 +163,9 @@ def test_a_constant_row_without_eps_is_nan(emulator: Emulator) -> None:
 # ------------------------------------------------------------------------------- what its bits may not depend on
 
 
-@pytest.mark.parametrize("types", [FP32, BF16, (torch.float16, torch.float32), (torch.float64, torch.float64)], ids=name)
+@pytest.mark.parametrize(
+    "types", [FP32, BF16, (torch.float16, torch.float32), (torch.float64, torch.float64)], ids=name
+)
 @pytest.mark.parametrize("n", [64, 768, 20000])
 def test_alignment_strides_and_memory_change_no_bit(emulator: Emulator, types: Types, n: int) -> None:
     base = draw(3, n, types)
@@ -208,7 +212,7 @@ def test_rows_more_than_two_to_the_31_elements_apart(emulator: Emulator) -> None
 
 @dataclass(frozen=True)
 class Bug:
-    """A change of one file of the kernel, the call that meets it, and what the report says (None: the numbers are wrong)."""
+    """A change of one file of the kernel, the call that meets it, and what the report says (None: wrong numbers)."""
 
     file: str
     old: str
@@ -238,7 +242,9 @@ BUGS = {
         draw(3, 16),
         "12 of 32 lanes are at a shuffle",
     ),
-    "a wrong shuffle offset": Bug("common.cuh", "(threads < kWarp ? threads : kWarp) / 2", "kWarp / 4", draw(1, 128), None),
+    "a wrong shuffle offset": Bug(
+        "common.cuh", "(threads < kWarp ? threads : kWarp) / 2", "kWarp / 4", draw(1, 128), None
+    ),
     "a read past the row's end": Bug(
         "common.cuh", "if (present<VECTOR, K>(c, j, n)) v = p[j];", "v = p[j];", draw(1, 99), "heap-buffer-overflow"
     ),

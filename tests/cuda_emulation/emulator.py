@@ -1,6 +1,7 @@
 """Builds the emulation of ``csrc/cuda/*.cuh`` and calls it: the Python side of driver.cpp.
 
-The kernels are compiled by the C++ compiler with AddressSanitizer and UndefinedBehaviorSanitizer; no CUDA toolkit is needed.
+The kernels are compiled by the C++ compiler with AddressSanitizer and UndefinedBehaviorSanitizer; no CUDA toolkit is
+needed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ FLAGS = (
     # Unoptimised: it compiles in a third of the time, and the switching of fibers takes longer than the arithmetic.
     *("-std=c++17", "-O0", "-g1", "-fno-omit-frame-pointer", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
-    # A vector load reads elements as words, as it does on the device; multiply-adds are fused where the source says so only.
+    # A vector load reads elements as words, as it does on the device; multiply-adds are fused only where the source
+    # says so.
     *("-fno-strict-aliasing", "-ffp-contract=off"),
 )
 
@@ -41,7 +43,8 @@ NAMES = {torch.float64: "double", torch.float32: "float", torch.bfloat16: "__nv_
 Types = tuple[torch.dtype, torch.dtype]  # of x, and of weight and bias
 
 #: Every pair that the backend contract allows.
-ALL_TYPES: tuple[Types, ...] = tuple((d, d) for d in CODES) + (
+ALL_TYPES: tuple[Types, ...] = (
+    *((d, d) for d in CODES),
     (torch.bfloat16, torch.float32),
     (torch.float16, torch.float32),
 )
@@ -53,7 +56,11 @@ class EmulationError(Exception):
 
 @dataclass
 class Call:
-    """One call of norm_forward. ``x`` is (rows, n) and contiguous here; the kernel sees its rows ``x_row_stride`` elements apart."""
+    """One call of norm_forward.
+
+    ``x`` is (rows, n) and contiguous here; the kernel sees its rows ``x_row_stride`` elements apart (None: n).
+    ``offsets`` are how many elements x, y, weight and bias begin past a 256-byte boundary.
+    """
 
     x: Tensor
     weight: Tensor | None = None
@@ -63,7 +70,7 @@ class Call:
     rms: bool = False
     need_stats: bool = True
     x_row_stride: int | None = None
-    offsets: tuple[int, int, int, int] = (0, 0, 0, 0)  # elements that x, y, weight and bias begin past a 256-byte boundary
+    offsets: tuple[int, int, int, int] = (0, 0, 0, 0)
     shared_limit: int = SHARED_LIMIT
 
     def encode(self) -> bytes:
@@ -139,7 +146,7 @@ class Emulator:
 
     def __init__(self, types: Sequence[Types], kernels: Path = KERNELS) -> None:
         BUILD.mkdir(parents=True, exist_ok=True)
-        # The fibers and the driver do not see the kernels' code, only norm.h: a planted bug does not compile them again.
+        # The fibers and the driver see norm.h alone of the kernels: a planted bug does not compile them again.
         units = [([], HERE / "emulation.cpp", KERNELS), ([], HERE / "driver.cpp", KERNELS)]
         for x, param in types:
             defines = [f"-DEMULATE_T={NAMES[x]}", f"-DEMULATE_W={NAMES[param]}"]
@@ -173,8 +180,11 @@ class Emulator:
             parts = []
             for dtype, shape in ((call.x.dtype, (rows, n)), (acc, (stats_rows, rows))):
                 size = dtype.itemsize * shape[0] * shape[1]
-                raw, output = bytearray(output[:size]), output[size:]
-                parts.append(torch.frombuffer(raw, dtype=dtype).reshape(shape) if size else torch.empty(shape, dtype=dtype))
+                part = torch.empty(shape, dtype=dtype)
+                if size:  # frombuffer refuses nothing
+                    part = torch.frombuffer(bytearray(output[:size]), dtype=dtype).reshape(shape)
+                parts.append(part)
+                output = output[size:]
             threads, rows_per_block, vector, in_registers, shared_bytes = chosen
             results.append(Result(*parts, threads, rows_per_block, bool(vector), bool(in_registers), shared_bytes))
         assert not output
