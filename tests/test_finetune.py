@@ -340,6 +340,7 @@ def test_batches_hold_every_row_once_in_an_order_the_seed_decides(examples, smal
     data = script.Batches(rows, tokenizer, args)
     first, again, other = (data.shuffled(16, seed) for seed in ("0/0", "0/0", "0/1"))
     assert first == again != other
+    assert set(map(frozenset, first)) != set(map(frozenset, other)), "the same rows always share a batch"
     for batches in (first, data.by_length(64)):
         assert sorted(row for batch in batches for row in batch) == list(range(1003))
     padded = sum(len(batch) * max(len(data.ids[row]) for row in batch) for batch in first)
