@@ -89,6 +89,7 @@ FUSED_NORM_INLINE void backward_rows(const NormBackward& a, int64_t row, const W
     V dxv[R], dw_sum = {}, db_sum = {};
     V wv = {};
     if constexpr (Dx && HasWeight) wv = weight_at();
+#pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
       const V dyv = load_at(dy[r]);
       V xhat = {};
@@ -106,6 +107,7 @@ FUSED_NORM_INLINE void backward_rows(const NormBackward& a, int64_t row, const W
     if constexpr (Dw) sum_into(dw, dw_sum);
     if constexpr (Db) sum_into(db, db_sum);
     if constexpr (Dx) {
+#pragma GCC unroll 4
       for (int r = 0; r < R; r++) store_at(dx[r], dxv[r]);
     }
   };
@@ -194,6 +196,7 @@ void reduce_columns(const ReducePartials& a, int64_t group, int64_t begin, int64
     V s[4] = {};
     int64_t c = 0;
     for (; c + 4 <= chunks; c += 4) {
+#pragma GCC unroll 4
       for (int k = 0; k < 4; k++) s[k] += load_at(partial + (c + k) * n);
     }
     for (int k = 0; c + k < chunks; k++) s[k] += load_at(partial + (c + k) * n);
