@@ -15,7 +15,9 @@ def unavailable(device_type: str) -> str | None:
     """None if this backend can serve ``device_type`` on this machine, else the reason why not."""
     if device_type == "cpu":
         if os.environ.get("TRITON_INTERPRET") != "1":
-            return "Triton runs on a CPU only in its interpreter, for tests: set TRITON_INTERPRET=1 before triton is imported"
+            return (
+                "on a CPU Triton only has its interpreter, for tests: set TRITON_INTERPRET=1 before triton is imported"
+            )
     elif device_type not in ("cuda", "xpu"):
         return f"no Triton kernel is written for {device_type!r} devices"
     elif not getattr(torch, device_type).is_available():
@@ -23,7 +25,7 @@ def unavailable(device_type: str) -> str | None:
     try:
         import triton
         from triton.runtime import JITFunction
-    except Exception as error:  # noqa: BLE001 - a broken installation raises whatever it likes, and is no reason to fail here
+    except Exception as error:  # a broken installation raises whatever it likes
         return f"triton cannot be imported: {type(error).__name__}: {error}"
     if device_type == "cpu" and isinstance(triton.language.zeros, JITFunction):
         return "triton was imported before TRITON_INTERPRET=1 was set"

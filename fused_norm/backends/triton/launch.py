@@ -1,8 +1,8 @@
 """How a kernel is launched, as a value: a pure function of the shape and the element size.
 
-What decides the order of a reduction over a row (``rows``, ``block_n``, ``num_warps``, ``looped``) depends on n, the element
-size and the width of a warp alone, so a row's bits do not depend on the rows beside it. ``parts``, the number of partial sums
-of dw and db, depends on M and groups too. Neither looks at the device's number of multiprocessors.
+What decides the order of a reduction over a row (``rows``, ``block_n``, ``num_warps``, ``looped``) depends on n, the
+element size and the width of a warp alone, so a row's bits do not depend on the rows beside it. ``parts``, the number
+of partial sums of dw and db, depends on M and groups too. Neither looks at the device's number of multiprocessors.
 
 No GPU was at hand when these numbers were chosen: they come from counting bytes and registers, and wait to be measured.
 """
@@ -12,12 +12,12 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-#: A row wider than this (by element size) is looped over: the widest that the compiler keeps in registers without spilling, on
-#: sm_80, sm_90 and sm_100 (tests/test_triton.py). Forward holds an fp32 value an element, 32 a thread; at 1024 threads, which
-#: 32768 columns need, a thread has 64 registers, too few in fp32, whose loads take twice the registers of bf16's.
+#: A row wider than this (by element size) is looped over: the widest that the compiler keeps in registers without
+#: spilling on sm_80, sm_90 and sm_100 (tests/test_triton.py). Forward holds an fp32 value an element, 32 a thread.
+#: 32768 columns need 1024 threads, which have 64 registers each: too few in fp32, whose loads take twice those of bf16.
 FORWARD_WHOLE_ROW = {8: 8192, 4: 16384, 2: 32768}
 
-#: Backward holds x, dy, the sums for dw and db, and the weight: five values an element, 16 of each a thread at 512 threads.
+#: Backward holds x, dy, the sums for dw and db, and the weight: five values an element, 16 of each a thread.
 BACKWARD_WHOLE_ROW = {8: 4096, 4: 8192, 2: 8192}
 
 
@@ -33,7 +33,7 @@ class NormLaunch:
 
 @dataclass(frozen=True)
 class Partition:
-    """How the rows of one group are shared out: ``parts`` programs of ``rows_per_part`` consecutive rows (the last may have fewer)."""
+    """How a group's rows are shared out: ``parts`` programs of ``rows_per_part`` rows in order, fewer in the last."""
 
     parts: int
     rows_per_part: int
@@ -54,10 +54,10 @@ def _warps(elements: int, per_thread: int, warp_size: int) -> int:
 
 @functools.cache
 def forward_launch(n: int, element_size: int, warp_size: int = 32) -> NormLaunch:
-    """Forward for rows of ``n`` elements of ``element_size`` bytes: its tiles depend on nothing else, so it is batch-invariant."""
-    # 32 values a thread (16 in fp64): 128 bytes (fp32) or 64 (bf16) in flight a thread. At 70 to 90 registers some 700 threads
-    # share a multiprocessor, so 45 to 90 KiB are in flight there, above the 20 to 30 KiB that hide an H100's memory latency
-    # at 3 TB/s. A row of up to 1024 elements is one warp's: its sums need no barrier.
+    """Forward for rows of ``n`` elements of ``element_size`` bytes."""
+    # 32 values a thread (16 in fp64): 128 bytes (fp32) or 64 (bf16) in flight a thread. At 70 to 90 registers some 700
+    # threads share a multiprocessor, so 45 to 90 KiB are in flight there, above the 20 to 30 KiB that hide an H100's
+    # memory latency at 3 TB/s. A row of up to 1024 elements is one warp's: its sums need no barrier.
     per_thread = 16 if element_size == 8 else 32
     if n > FORWARD_WHOLE_ROW[element_size]:
         # 512 threads: two programs a multiprocessor, one loads while the other reduces.
@@ -71,27 +71,28 @@ def forward_launch(n: int, element_size: int, warp_size: int = 32) -> NormLaunch
 def backward_launch(n: int, element_size: int, warp_size: int = 32) -> NormLaunch:
     """Backward for rows of ``n`` elements of ``element_size`` bytes."""
     if n > BACKWARD_WHOLE_ROW[element_size]:
-        # A warp a row, so that a thread has the addresses of one row to hold. The partial sums of dw and db are written and
-        # read about once a tile, 16/rows bytes an element: with 16 rows little beside the 20 (fp32) or 10 (bf16) of the tensors
-        # themselves. More rows would leave too few tiles: M/16 programs.
+        # A warp a row, so that a thread has the addresses of one row to hold. The partial sums of dw and db are written
+        # and read about once a tile, 16/rows bytes an element: with 16 rows little beside the 20 (fp32) or 10 (bf16) of
+        # the tensors themselves. More rows would leave too few tiles: M/16 programs.
         return NormLaunch(rows=16, block_n=128 if element_size == 8 else 256, num_warps=512 // warp_size, looped=True)
-    # 16 values a thread (8 in fp64) of each of x, dy, dw, db and w: 80 registers and what addresses take, within the 128 that
-    # let 512 threads share a multiprocessor. So two programs of 256, or one of 512 for the widest rows; tiles of a narrow row
-    # have as many elements, for as many bytes in flight.
+    # 16 values a thread (8 in fp64) of each of x, dy, dw, db and w: 80 registers and what addresses take, within the
+    # 128 that let 512 threads share a multiprocessor. So two programs of 256, or one of 512 for the widest rows; tiles
+    # of a narrow row have as many elements, for as many bytes in flight.
     per_thread = 8 if element_size == 8 else 16
     block_n = _next_power_of_2(n)
     rows = max(1, min(64, 256 * per_thread // block_n))
     return NormLaunch(rows, block_n, _warps(rows * block_n, per_thread, warp_size), looped=False)
 
 
-#: The most programs that share the rows in backward, and so the most partial sums of dw and db. 256 is about two programs on
-#: each of an H100's 132 multiprocessors (97 % of two full waves), and at M = 4096 adds one byte an element to the 12 (fp32) or 6.
+#: The most programs that share the rows in backward, and so the most partial sums of dw and db. 256 is about two
+#: programs on each of an H100's 132 multiprocessors (97 % of two full waves). At M = 4096 their sums, written and read,
+#: add one byte an element to the 12 (fp32) or 6 (bf16) of the tensors.
 MAX_PARTS = 256
 
 
 @functools.cache
 def backward_partition(rows: int, groups: int, tile_rows: int) -> Partition:
-    """Share ``rows`` rows a group, in tiles of ``tile_rows``, among programs: by the shape alone, never by the device."""
+    """Share ``rows`` rows a group, in tiles of ``tile_rows``, among programs."""
     tiles = _ceil_div(rows, tile_rows)
     parts = max(1, min(MAX_PARTS // groups, tiles))
     rows_per_part = _ceil_div(tiles, parts) * tile_rows
@@ -100,7 +101,7 @@ def backward_partition(rows: int, groups: int, tile_rows: int) -> Partition:
 
 @functools.cache
 def reduce_launch(n: int, parts: int, warp_size: int = 32) -> NormLaunch:
-    """The sum of ``parts`` partial rows: 16 columns a program where n is small, to have programs enough, 64 where it is not."""
+    """The sum of ``parts`` partial rows: 16 columns a program where n is small, to have enough programs, else 64."""
     block_n = 16 if n <= 8192 else 64
     rows = min(_next_power_of_2(parts), 4096 // block_n)  # 32 fp32 values a thread at 128 threads
     return NormLaunch(rows, block_n, 128 // warp_size, looped=parts > rows)

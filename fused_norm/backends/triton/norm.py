@@ -1,16 +1,18 @@
-"""LayerNorm and RMSNorm in Triton, one kernel each way with ``IS_RMS`` leaving out the mean: kernels, then their launchers.
+"""LayerNorm and RMSNorm in Triton, one kernel each way, with ``IS_RMS`` leaving out the mean: kernel, then launcher.
 
 Traffic, in units of M*N*E bytes:
 
     forward   whole row on chip  2: x read, y written          looped  3: x read twice
     backward  whole row on chip  3: x and dy read, dx written  looped  5: x and dy read twice
 
-and beside it the parameters, the row statistics, and in backward the partial sums of dw and db, ``parts`` rows of n fp32 each
-(:mod:`.launch`): written once and read once by the kernel that adds them up (looped: once for each tile of rows).
+and beside it the parameters, the row statistics, and in backward the partial sums of dw and db, ``parts`` rows of n
+fp32 values each (:mod:`.launch`). They are written once, and read once by the kernel that adds them up; the looped kernel
+reads and writes them for each tile of rows. All this counts what kernels ask for: a second reading may hit a cache.
 
-Tiles are (ROWS, BLOCK_N). The layout in which Triton holds a tile, and with it the order of a sum, follows from the widest
-access to the tile: that is y or dx, which are fresh and contiguous, so n alone decides it and not the alignment or the strides
-of the inputs. To that end no integer is specialised upon; ``ALIGN_*`` say by what power of two n and the strides divide.
+Tiles are (ROWS, BLOCK_N). The layout in which Triton holds a tile, and with it the order of a sum, follows from the
+widest access to the tile: that is y or dx, which are fresh and contiguous, so n alone decides it, not the alignment or
+the strides of the inputs. To that end no integer is specialised upon: ``ALIGN_*`` are powers of two that divide n and
+the strides, and ``n // ALIGN_N * ALIGN_N`` tells the compiler.
 """
 
 from __future__ import annotations
@@ -33,17 +35,8 @@ COMPILE_OPTIONS = {"enable_fp_fusion": True}
 
 
 @triton.jit
-def _aligned(value, ALIGN: tl.constexpr):
-    """``value``, which is a multiple of ALIGN, said in a way that the compiler understands."""
-    return value // ALIGN * ALIGN
-
-
-@triton.jit
 def _ratio(a, b, FP64: tl.constexpr):
-    """a / b of two integers, correctly rounded; plain fp32 division is not.
-
-    Means are products with 1/n, taken at the start: a division calls a subroutine, which while a row is in registers costs spills.
-    """
+    """a / b of two integers, correctly rounded; plain fp32 division is not."""
     if FP64:
         return tl.cast(a, tl.float64) / tl.cast(b, tl.float64)
     else:
@@ -51,8 +44,19 @@ def _ratio(a, b, FP64: tl.constexpr):
 
 
 @triton.jit
+def _mean(total, n, one_nth):
+    """total / n as total * (1/n) and one correction by its remainder, which leaves about one rounding.
+
+    A correctly rounded division calls a subroutine, and while a row is in registers a call makes them spill.
+    """
+    quotient = total * one_nth
+    corrected = tl.fma(tl.fma(-quotient, tl.cast(n, total.dtype), total), one_nth, quotient)
+    return tl.where(corrected == corrected, corrected, quotient)  # the remainder of an infinite total is NaN
+
+
+@triton.jit
 def _reciprocal_sqrt(variance, eps_bits, FP64: tl.constexpr):
-    """1/sqrt(variance + eps), correctly rounded twice. eps comes as the bits of the accumulation type: a float would be fp32."""
+    """1/sqrt(variance + eps), with eps as the bits of a number of the accumulation type: a float would come as fp32."""
     if FP64:
         eps = eps_bits.to(tl.int64).to(tl.float64, bitcast=True)
         return 1.0 / tl.sqrt(variance + eps)
@@ -63,7 +67,7 @@ def _reciprocal_sqrt(variance, eps_bits, FP64: tl.constexpr):
 
 @triton.jit
 def _sum_rows(tile, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Sum of a (ROWS, BLOCK_N) tile over its rows, by pairs: two addends have one order, whatever the layout of the tile."""
+    """Sum of a (ROWS, BLOCK_N) tile over its rows, by pairs: two addends have one order, whatever the tile's layout."""
     if ROWS == 1:
         return tl.reshape(tile, [BLOCK_N])
     else:
@@ -84,8 +88,10 @@ def _affine(xhat, weight_ptr, bias_ptr, cols, col_ok, ACC: tl.constexpr):
 
 # -------------------------------------------------------------------------------------------------------------- forward
 
+_FORWARD_INTEGERS = ["eps_bits", "total_rows", "rows", "tiles", "n", "x_stride", "weight_stride", "bias_stride"]
 
-@triton.jit(do_not_specialize=["eps_bits", "total_rows", "rows", "tiles", "n", "x_stride", "weight_stride", "bias_stride"])
+
+@triton.jit(do_not_specialize=_FORWARD_INTEGERS)
 def norm_forward_kernel(
     x_ptr,  # (total_rows, n), rows x_stride apart
     weight_ptr,  # None, or n elements a group, groups weight_stride apart (0: shared)
@@ -107,11 +113,14 @@ def norm_forward_kernel(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """mean = x0 + sum(x - x0)/n; rstd = 1/sqrt(sum((x - mean)^2)/n + eps); y = (x - mean)*rstd*w + b. The row stays in registers."""
+    """mean = x0 + sum(x - x0)/n; rstd = 1/sqrt(sum((x - mean)^2)/n + eps); y = (x - mean)*rstd*w + b.
+
+    The row stays in registers.
+    """
     ACC: tl.constexpr = tl.float64 if FP64 else tl.float32
     one_nth = _ratio(1, n, FP64)
-    n = _aligned(n, ALIGN_N)
-    x_stride = _aligned(x_stride, ALIGN_X)
+    n = n // ALIGN_N * ALIGN_N
+    x_stride = x_stride // ALIGN_X * ALIGN_X
     group = (tl.program_id(0) // tiles).to(tl.int64)
     tile = (tl.program_id(0) % tiles).to(tl.int64)
     r = tile * ROWS + tl.arange(0, ROWS)
@@ -126,23 +135,23 @@ def norm_forward_kernel(
         centred = x
     else:
         x0 = tl.load(x_ptr + row * x_stride, mask=row_ok, other=0.0).to(ACC)
-        mean = x0 + tl.sum(tl.where(ok, x - x0[:, None], 0.0), axis=1) * one_nth
+        mean = x0 + _mean(tl.sum(tl.where(ok, x - x0[:, None], 0.0), axis=1), n, one_nth)
         centred = tl.where(ok, x - mean[:, None], 0.0)
-    rstd = _reciprocal_sqrt(tl.sum(centred * centred, axis=1) * one_nth, eps_bits, FP64)
+    rstd = _reciprocal_sqrt(_mean(tl.sum(centred * centred, axis=1), n, one_nth), eps_bits, FP64)
     if stats_ptr is not None:
         tl.store(stats_ptr + row, rstd, mask=row_ok)
         if not IS_RMS:
             tl.store(stats_ptr + total_rows + row, mean, mask=row_ok)
 
     if weight_ptr is not None:
-        weight_ptr += group * _aligned(weight_stride, ALIGN_N)
+        weight_ptr += group * (weight_stride // ALIGN_N * ALIGN_N)
     if bias_ptr is not None:
-        bias_ptr += group * _aligned(bias_stride, ALIGN_N)
+        bias_ptr += group * (bias_stride // ALIGN_N * ALIGN_N)
     y = _affine(centred * rstd[:, None], weight_ptr, bias_ptr, cols, col_ok, ACC)
     tl.store(y_ptr + row[:, None] * n + cols, y, mask=ok)
 
 
-@triton.jit(do_not_specialize=["eps_bits", "total_rows", "rows", "tiles", "n", "x_stride", "weight_stride", "bias_stride"])
+@triton.jit(do_not_specialize=_FORWARD_INTEGERS)
 def norm_forward_looped_kernel(
     x_ptr,
     weight_ptr,
@@ -166,22 +175,24 @@ def norm_forward_looped_kernel(
 ):
     """The same for a row too wide for the registers, in chunks of BLOCK_N columns; ROWS is 1.
 
-    Each chunk is on chip for both its passes: its mean, then its squares about that mean. Chunks are merged by (Chan et al.)
+    Each chunk is on chip for both its passes: its mean, then its squares about that mean. Chunks are merged by
 
         M2 = M2_a + M2_b + (mean_b - mean_a)^2 * n_a*n_b/(n_a + n_b)
 
-    with means taken relative to x0. So x is read twice in all, once for the statistics and once for y, and not three times.
+    (Chan, Golub and LeVeque), with means taken relative to x0. So x is read twice in all, once for the statistics and
+    once for y, and not three times.
     """
     ACC: tl.constexpr = tl.float64 if FP64 else tl.float32
     one_nth = _ratio(1, n, FP64)
-    n = _aligned(n, ALIGN_N)
-    x_stride = _aligned(x_stride, ALIGN_X)
+    n = n // ALIGN_N * ALIGN_N
+    x_stride = x_stride // ALIGN_X * ALIGN_X
     group = (tl.program_id(0) // tiles).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, ROWS)
     x_row_ptr = x_ptr + row[:, None] * x_stride
     cols = tl.arange(0, BLOCK_N)[None, :]
 
-    x0 = tl.load(x_ptr + row * x_stride).to(ACC)
+    if not IS_RMS:
+        x0 = tl.load(x_ptr + row * x_stride).to(ACC)
     offset = tl.zeros([ROWS], ACC)  # mean - x0 of the columns so far
     squares = tl.zeros([ROWS], ACC)  # sum of (x - mean)^2 over them
     for start in range(0, n, BLOCK_N):
@@ -192,23 +203,24 @@ def norm_forward_looped_kernel(
         else:
             count = tl.minimum(n - start, BLOCK_N)
             shifted = tl.where(ok, x - x0[:, None], 0.0)
-            chunk_offset = tl.sum(shifted, axis=1) * _ratio(1, count, FP64)
+            chunk_offset = _mean(tl.sum(shifted, axis=1), count, _ratio(1, count, FP64))
             centred = tl.where(ok, shifted - chunk_offset[:, None], 0.0)
             share = _ratio(count, start + count, FP64)  # n_b / (n_a + n_b)
             delta = chunk_offset - offset
             squares += tl.sum(centred * centred, axis=1) + delta * delta * (share * start)
             offset += delta * share
-    rstd = _reciprocal_sqrt(squares * one_nth, eps_bits, FP64)
-    mean = x0 + offset
+    rstd = _reciprocal_sqrt(_mean(squares, n, one_nth), eps_bits, FP64)
+    if not IS_RMS:
+        mean = x0 + offset
     if stats_ptr is not None:
         tl.store(stats_ptr + row, rstd)
         if not IS_RMS:
             tl.store(stats_ptr + total_rows + row, mean)
 
     if weight_ptr is not None:
-        weight_ptr += group * _aligned(weight_stride, ALIGN_N)
+        weight_ptr += group * (weight_stride // ALIGN_N * ALIGN_N)
     if bias_ptr is not None:
-        bias_ptr += group * _aligned(bias_stride, ALIGN_N)
+        bias_ptr += group * (bias_stride // ALIGN_N * ALIGN_N)
     for start in range(0, n, BLOCK_N):
         at = start + cols
         ok = at < n
@@ -299,9 +311,9 @@ def norm_backward_kernel(
     """
     ACC: tl.constexpr = tl.float64 if FP64 else tl.float32
     one_nth = _ratio(1, n, FP64)
-    n = _aligned(n, ALIGN_N)
-    dy_stride = _aligned(dy_stride, ALIGN_DY)
-    x_stride = _aligned(x_stride, ALIGN_X)
+    n = n // ALIGN_N * ALIGN_N
+    dy_stride = dy_stride // ALIGN_DY * ALIGN_DY
+    x_stride = x_stride // ALIGN_X * ALIGN_X
     group = (tl.program_id(0) // parts).to(tl.int64)
     begin = (tl.program_id(0) % parts).to(tl.int64) * rows_per_part
     end = tl.minimum(begin + rows_per_part, rows)
@@ -309,7 +321,7 @@ def norm_backward_kernel(
     col_ok = cols < n
 
     if dx_ptr is not None and weight_ptr is not None:
-        weight_ptr += group * _aligned(weight_stride, ALIGN_N)
+        weight_ptr += group * (weight_stride // ALIGN_N * ALIGN_N)
         w = tl.load(weight_ptr + cols, mask=col_ok, other=0.0).to(ACC)
     if dw_ptr is not None:
         dw = tl.zeros([ROWS, BLOCK_N], ACC)
@@ -320,9 +332,11 @@ def norm_backward_kernel(
         row = group * rows + r
         row_ok = r < end
         ok = row_ok[:, None] & col_ok
-        dy = tl.load(dy_ptr + row[:, None] * dy_stride + cols, mask=ok, other=0.0, eviction_policy="evict_first").to(ACC)
+        dy_ptrs = dy_ptr + row[:, None] * dy_stride + cols
+        dy = tl.load(dy_ptrs, mask=ok, other=0.0, eviction_policy="evict_first").to(ACC)
         if dx_ptr is not None or dw_ptr is not None:
-            x = tl.load(x_ptr + row[:, None] * x_stride + cols, mask=ok, other=0.0, eviction_policy="evict_first").to(ACC)
+            x_ptrs = x_ptr + row[:, None] * x_stride + cols
+            x = tl.load(x_ptrs, mask=ok, other=0.0, eviction_policy="evict_first").to(ACC)
             rstd = tl.load(stats_ptr + row, mask=row_ok, other=0.0)
             if IS_RMS:
                 xhat = x * rstd[:, None]
@@ -337,9 +351,9 @@ def norm_backward_kernel(
             g = dy
             if weight_ptr is not None:
                 g = dy * w
-            dx = g - xhat * (tl.sum(g * xhat, axis=1) * one_nth)[:, None]
+            dx = g - xhat * _mean(tl.sum(g * xhat, axis=1), n, one_nth)[:, None]
             if not IS_RMS:
-                dx = dx - (tl.sum(g, axis=1) * one_nth)[:, None]
+                dx = dx - _mean(tl.sum(g, axis=1), n, one_nth)[:, None]
             tl.store(dx_ptr + row[:, None] * n + cols, dx * rstd[:, None], mask=ok)
 
     flat_cols = tl.arange(0, BLOCK_N)
@@ -382,21 +396,21 @@ def norm_backward_looped_kernel(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The same for rows too wide for the registers: a tile of ROWS rows is gone over twice in chunks of BLOCK_N columns.
+    """The same for rows too wide for the registers: each tile of ROWS rows is read twice, in chunks of BLOCK_N columns.
 
     First for the two row sums of dx (left out where dx is not needed), then for dx and the sums over the rows.
     """
     ACC: tl.constexpr = tl.float64 if FP64 else tl.float32
     one_nth = _ratio(1, n, FP64)
-    n = _aligned(n, ALIGN_N)
-    dy_stride = _aligned(dy_stride, ALIGN_DY)
-    x_stride = _aligned(x_stride, ALIGN_X)
+    n = n // ALIGN_N * ALIGN_N
+    dy_stride = dy_stride // ALIGN_DY * ALIGN_DY
+    x_stride = x_stride // ALIGN_X * ALIGN_X
     group = (tl.program_id(0) // parts).to(tl.int64)
     begin = (tl.program_id(0) % parts).to(tl.int64) * rows_per_part
     end = tl.minimum(begin + rows_per_part, rows)
     tile_cols = tl.arange(0, BLOCK_N)
     if dx_ptr is not None and weight_ptr is not None:
-        weight_ptr += group * _aligned(weight_stride, ALIGN_N)
+        weight_ptr += group * (weight_stride // ALIGN_N * ALIGN_N)
 
     for first in range(begin, end, ROWS):
         r = first + tl.arange(0, ROWS)
@@ -423,9 +437,9 @@ def norm_backward_looped_kernel(
                 sum_g_xhat += g * tl.where(ok, (x - mean) * rstd, 0.0)
                 if not IS_RMS:
                     sum_g += g
-            mean_g_xhat = (tl.sum(sum_g_xhat, axis=1) * one_nth)[:, None]
+            mean_g_xhat = _mean(tl.sum(sum_g_xhat, axis=1), n, one_nth)[:, None]
             if not IS_RMS:
-                mean_g = (tl.sum(sum_g, axis=1) * one_nth)[:, None]
+                mean_g = _mean(tl.sum(sum_g, axis=1), n, one_nth)[:, None]
 
         for start in range(0, n, BLOCK_N):
             cols = (start + tile_cols)[None, :]
@@ -464,9 +478,9 @@ def norm_backward_reduce_kernel(
     PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Add up the partial rows of one group for BLOCK_N columns, in the order of their number modulo PARTS and then in pairs."""
+    """Add up one group's partial rows for BLOCK_N columns: those equal modulo PARTS in order, then pairs."""
     ACC: tl.constexpr = tl.float64 if FP64 else tl.float32
-    n = _aligned(n, ALIGN_N)
+    n = n // ALIGN_N * ALIGN_N
     group = tl.program_id(1).to(tl.int64)
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     if dw_ptr is not None:
@@ -482,7 +496,8 @@ def _sum_parts(partial_ptr, cols, parts, n, PARTS: tl.constexpr, BLOCK_N: tl.con
     total = tl.zeros([PARTS, BLOCK_N], ACC)
     for start in range(0, parts, PARTS):
         part = (start + tl.arange(0, PARTS))[:, None]
-        total += tl.load(partial_ptr + part.to(tl.int64) * n + cols[None, :], mask=(part < parts) & (cols < n)[None, :], other=0.0)
+        ok = (part < parts) & (cols < n)[None, :]
+        total += tl.load(partial_ptr + part.to(tl.int64) * n + cols[None, :], mask=ok, other=0.0)
     return _sum_rows(total, PARTS, BLOCK_N)
 
 
@@ -569,7 +584,7 @@ def norm_backward(
     return dx, dw, db
 
 
-# ----------------------------------------------------------------------------------------------- what the launchers share
+# --------------------------------------------------------------------------------------------- what the launchers share
 
 
 def _accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -588,7 +603,8 @@ def _group_stride(parameter: Tensor | None, n: int) -> int:
 
 def _float_bits(value: float, fp64: bool) -> int:
     """The bits of ``value`` as fp64 or fp32: Triton hands a Python float over as fp32 whatever it is needed for."""
-    return struct.unpack("<q", struct.pack("<d", value))[0] if fp64 else struct.unpack("<i", struct.pack("<f", value))[0]
+    floating, integer = ("<d", "<q") if fp64 else ("<f", "<i")
+    return struct.unpack(integer, struct.pack(floating, value))[0]
 
 
 @functools.cache

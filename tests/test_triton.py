@@ -1,0 +1,810 @@
+"""The Triton backend: its results against the fp64 truth, its traffic, and what its kernels compile to.
+
+The kernels run on the GPU where there is one, else on the CPU in Triton's interpreter. That is chosen by
+TRITON_INTERPRET=1 before triton is first imported, which is too late here (torch.compile's tests may have imported it):
+tests marked ``@runs_kernels`` then run in one child process, and each of them reports here what became of it there.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+from fused_norm.backends import triton as backend  # noqa: E402
+from fused_norm.backends.triton import launch, norm  # noqa: E402
+from fused_norm.testing import NormResult, assert_norm_close, norm_truth, relative_error  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else next((d for d in ("cuda", "xpu") if getattr(torch, d).is_available()), "cpu")
+RUNS_HERE = backend.unavailable(DEVICE) is None
+
+# -------------------------------------------------------------------------------------- the interpreter's child process
+
+_selected: list[str] = []
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _remember_selected(request: pytest.FixtureRequest) -> None:
+    _selected[:] = [item.nodeid for item in request.session.items if item.path == Path(__file__)]
+
+
+@functools.cache
+def _outcomes_in_interpreter(tmp_path: Path, root: Path) -> dict[str, ElementTree.Element]:
+    """Runs the selected tests of this file under the interpreter; the JUnit record of each, by its name."""
+    report = tmp_path / "interpreter.xml"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *_selected]
+    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    if not report.exists():
+        pytest.fail(f"the interpreter's tests did not run:\n{run.stdout[-4000:]}{run.stderr[-4000:]}")
+    return {case.attrib["name"]: case for case in ElementTree.parse(report).iter("testcase")}
+
+
+def runs_kernels(test: Callable) -> Callable:
+    """Run the test in the interpreter's process where the kernels cannot run in this one."""
+    if RUNS_HERE:
+        return test
+
+    # The marks and the parameters stay, the body goes.
+    @functools.wraps(test)
+    def outcome(*args, **kwargs) -> None:
+        name = os.environ["PYTEST_CURRENT_TEST"].partition("::")[2].rpartition(" (")[0]
+        case = _outcomes_in_interpreter(*_places)[name]
+        for child in case:
+            if child.tag == "skipped":
+                pytest.skip(child.attrib.get("message", ""))
+            if child.tag in ("failure", "error"):
+                pytest.fail(f"in the interpreter's process:\n{child.text}", pytrace=False)
+
+    return outcome
+
+
+_places: list[Path] = []
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _remember_places(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> None:
+    _places[:] = [tmp_path_factory.mktemp("interpreter"), pytestconfig.rootpath]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _interpreter_as_hardware() -> Iterator[None]:
+    """The interpreter truncates fp32 to bf16 where hardware rounds to nearest: give it the hardware's conversion.
+
+    And let a helper's call not patch the language once more, which took half the time of these tests.
+    """
+    if not (INTERPRETED and RUNS_HERE):
+        yield
+        return
+    import numpy
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    cast_impl, patch_builtin = interpreter.InterpreterBuilder.cast_impl, interpreter._patch_builtin
+    a_builtin: dict[object, str] = {}
+
+    def rounding_cast(self, src, dst_type):
+        if src.dtype.scalar != tl.float32 or dst_type.scalar != tl.bfloat16:
+            return cast_impl(self, src, dst_type)
+        rounded = torch.from_numpy(numpy.ascontiguousarray(src.data)).bfloat16().view(torch.int16).numpy()
+        return interpreter.TensorHandle(rounded.view(numpy.uint16).reshape(src.data.shape), dst_type.scalar)
+
+    def patch_once(namespace, *args):
+        if namespace not in a_builtin:
+            a_builtin[namespace] = next(k for k, v in vars(namespace).items() if tl.core.is_builtin(v))
+        if tl.core.is_builtin(getattr(namespace, a_builtin[namespace])):  # not patched yet
+            patch_builtin(namespace, *args)
+
+    interpreter.InterpreterBuilder.cast_impl = rounding_cast
+    interpreter._patch_builtin = patch_once
+    yield
+    interpreter.InterpreterBuilder.cast_impl = cast_impl
+    interpreter._patch_builtin = patch_builtin
+
+
+# ------------------------------------------------------------------------------------------------ cases and their truth
+
+FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+DTYPES = (FP64, FP32, BF16, FP16)
+
+
+@dataclass(frozen=True)
+class Case:
+    rows: int
+    n: int
+    dtype: torch.dtype = FP32
+    rms: bool = False
+    param_dtype: torch.dtype | None = None
+    affine: str = "weight+bias"
+    groups: int = 1
+    per_group: bool = False
+    eps: float = 1e-5
+    layout: str = "contiguous"
+
+    def __str__(self) -> str:
+        short = {FP64: "fp64", FP32: "fp32", BF16: "bf16", FP16: "fp16", None: "same"}
+        extras = f"-{self.groups}groups{'-own' if self.per_group else ''}" if self.groups > 1 else ""
+        return (
+            f"{'rms' if self.rms else 'layer'}-{self.rows}x{self.n}-{short[self.dtype]}-{short[self.param_dtype]}"
+            f"-{self.affine}-{self.layout}{extras}"
+        )
+
+
+@dataclass(frozen=True)
+class Inputs:
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    dy: Tensor
+
+
+def _laid_out(t: Tensor, layout: str, padding: int) -> Tensor:
+    """The same numbers on the device with another row stride or another alignment."""
+    rows, n = t.shape
+    if layout == "strided":
+        wide = torch.full((rows, n + padding), float("nan"), dtype=t.dtype, device=DEVICE)
+        wide[:, :n] = t
+        return wide[:, :n]
+    if layout == "misaligned":
+        flat = torch.full((rows * n + 1,), float("nan"), dtype=t.dtype, device=DEVICE)
+        flat[1:] = t.reshape(-1)
+        return flat[1:].view(rows, n)
+    return t.to(DEVICE)
+
+
+def draw(case: Case) -> Inputs:
+    def randn(*shape: int, dtype: torch.dtype, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+        return (torch.randn(*shape, dtype=FP64) * scale + shift).to(dtype)
+
+    p = case.param_dtype or case.dtype
+    n = case.n * (case.groups if case.per_group else 1)
+    return Inputs(
+        x=_laid_out(randn(case.rows, case.n, dtype=case.dtype, shift=0.5), case.layout, 5),
+        weight=randn(n, dtype=p, scale=0.3, shift=1.0).to(DEVICE) if "weight" in case.affine else None,
+        bias=randn(n, dtype=p, scale=0.3).to(DEVICE) if "bias" in case.affine and not case.rms else None,
+        dy=_laid_out(randn(case.rows, case.n, dtype=case.dtype), case.layout, 3),
+    )
+
+
+def run(case: Case, inputs: Inputs, need: tuple[bool, bool, bool] = (True, True, True)) -> NormResult:
+    """What the backend computes, once its shapes, dtypes and layout are checked against the contract."""
+    need = (*need[:2], need[2] and not case.rms)
+    x, acc = inputs.x, FP64 if case.dtype == FP64 else FP32
+    p = case.param_dtype or case.dtype
+    y, stats = backend.norm_forward(
+        x, inputs.weight, inputs.bias, case.n, case.groups, case.eps, case.rms, need_stats=True
+    )
+    assert y.shape == x.shape and y.dtype == x.dtype and y.is_contiguous()
+    assert stats.shape == (1 if case.rms else 2, case.rows) and stats.dtype == acc
+    dx, dw, db = backend.norm_backward(inputs.dy, x, stats, inputs.weight, case.n, case.groups, case.rms, p, *need)
+    if need[0]:
+        assert dx.shape == x.shape and dx.dtype == x.dtype and dx.is_contiguous()
+    for needed, grad in zip(need[1:], (dw, db), strict=True):
+        if needed:
+            assert grad.shape == (case.groups, case.n) and grad.dtype == p and grad.is_contiguous()
+    return NormResult(y, dx, dw, db)
+
+
+def run_torch(case: Case, inputs: Inputs) -> NormResult:
+    """torch's own CPU kernels, group by group."""
+
+    def split(parameter: Tensor | None) -> list[Tensor | None]:
+        if parameter is None:
+            return [None] * case.groups
+        return list(parameter.cpu().reshape(-1, case.n).expand(case.groups, -1))
+
+    parts = []
+    xs, dys = (t.cpu().contiguous().chunk(case.groups) for t in (inputs.x, inputs.dy))
+    for x, dy, weight, bias in zip(xs, dys, split(inputs.weight), split(inputs.bias), strict=True):
+        leaves = [None if t is None else t.detach().clone().requires_grad_() for t in (x, weight, bias)]
+        if case.rms:
+            y = F.rms_norm(leaves[0], (case.n,), leaves[1], case.eps)
+        else:
+            y = F.layer_norm(leaves[0], (case.n,), leaves[1], leaves[2], case.eps)
+        y.backward(dy)
+        parts.append((y.detach(), *(None if leaf is None else leaf.grad for leaf in leaves)))
+    y, dx, dw, db = (None if p[0] is None else torch.stack(p) for p in zip(*parts, strict=True))
+    return NormResult(y, dx, dw, db)
+
+
+def truth_of(case: Case, inputs: Inputs) -> NormResult:
+    on_cpu = (None if t is None else t.cpu() for t in (inputs.x, inputs.weight, inputs.bias, inputs.dy))
+    return norm_truth(*on_cpu, case.n, case.eps, case.rms, case.groups)
+
+
+def check(case: Case, inputs: Inputs, result: NormResult) -> None:
+    ours = NormResult(*(None if t is None else t.cpu() for t in vars(result).values()))
+    truth = truth_of(case, inputs)
+    if case.n < 16 and case.dtype in (FP64, FP32):
+        # A few sums of many terms, which may cancel: torch's error there is luck, the magnitude of the terms is not.
+        no_affine = truth_of(case, Inputs(inputs.x, None, None, inputs.dy))
+        dy = inputs.dy.double().cpu()
+        for sums, exact, terms in ((ours.dw, truth.dw, dy * no_affine.y), (ours.db, truth.db, dy)):
+            if sums is not None:
+                assert ((sums - exact).abs() <= 2 * torch.finfo(case.dtype).eps * terms.abs().sum(0)).all()
+        ours = replace(ours, dw=None, db=None)
+    assert_norm_close(ours, truth, run_torch(case, inputs))
+
+
+def assert_same_bits(a: NormResult, b: NormResult) -> None:
+    for name in vars(a):
+        left, right = getattr(a, name), getattr(b, name)
+        if left is not None and right is not None:
+            assert left.dtype == right.dtype
+            torch.testing.assert_close(
+                left, right, rtol=0, atol=0, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}"
+            )
+
+
+# Many rows where a row is short: the error of a handful of elements says little.
+SHAPES = ((150, 1), (150, 2), (100, 3), (40, 17), (20, 63), (30, 100), (5, 1000), (3, 1024))
+CASES = [Case(m, n, dtype, rms) for (m, n), dtype, rms in itertools.product(SHAPES, DTYPES, (False, True))]
+CASES += [Case(20, 100, dtype, rms, FP32) for dtype in (BF16, FP16) for rms in (False, True)]
+CASES += [Case(20, 100, dtype, affine=affine) for dtype in (FP32, BF16) for affine in ("weight", "bias", "none")]
+CASES += [Case(20, 100, FP32, True, affine="none")]
+CASES += [
+    Case(30, 100, d, rms, None, "weight+bias", 3, own)
+    for d, rms, own in ((FP32, False, True), (BF16, True, True), (BF16, False, False))
+]
+CASES += [Case(20, n, d, layout=la) for n, d in ((96, FP32), (63, BF16)) for la in ("strided", "misaligned")]
+CASES += [Case(20, 100, FP32, rms, eps=eps) for eps in (0.0, 0.1) for rms in (False, True)]
+
+
+@runs_kernels
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_error_against_the_truth(case: Case) -> None:
+    inputs = draw(case)
+    check(case, inputs, run(case, inputs))
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looped kernels in small tiles: a narrow row makes several chunks, a few rows make several tiles and parts."""
+    monkeypatch.setattr(launch, "forward_launch", lambda *_: launch.NormLaunch(1, 64, 1, True))
+    monkeypatch.setattr(launch, "backward_launch", lambda *_: launch.NormLaunch(4, 64, 1, True))
+    monkeypatch.setattr(launch, "reduce_launch", lambda *_: launch.NormLaunch(2, 32, 1, True))
+    monkeypatch.setattr(launch, "MAX_PARTS", 2)
+    launch.backward_partition.cache_clear()
+    yield
+    launch.backward_partition.cache_clear()
+
+
+LOOPED = [Case(14, 200, dtype, rms) for dtype in DTYPES for rms in (False, True)] + [Case(14, 64), Case(14, 1, FP64)]
+LOOPED += [Case(27, 150, BF16, rms, FP32, groups=3, per_group=own) for rms, own in ((False, True), (True, False))]
+LOOPED += [Case(14, 100, FP32, affine=affine) for affine in ("weight", "bias", "none")]
+LOOPED += [Case(14, 100, FP32, layout=layout) for layout in ("strided", "misaligned")]
+LOOPED += [Case(2, 200, BF16)]
+
+
+@runs_kernels
+@pytest.mark.usefixtures("poisoned_empty", "small_tiles")
+@pytest.mark.parametrize("case", LOOPED, ids=str)
+def test_looped_error_against_the_truth(case: Case) -> None:
+    inputs = draw(case)
+    check(case, inputs, run(case, inputs))
+
+
+@runs_kernels
+@pytest.mark.parametrize("case", [Case(2, 8200, BF16), Case(2, 8200, FP32, True)], ids=str)
+def test_row_wider_than_the_registers(case: Case) -> None:
+    assert launch.backward_launch(case.n, case.dtype.itemsize).looped
+    inputs = draw(case)
+    check(case, inputs, run(case, inputs))
+
+
+@runs_kernels
+@pytest.mark.parametrize("n, dtype", [(262144, BF16), (16385, FP32)])
+def test_forward_of_a_wide_row(n: int, dtype: torch.dtype) -> None:
+    case = Case(1, n, dtype)
+    assert launch.forward_launch(n, dtype.itemsize).looped
+    inputs = draw(case)
+    y, _ = backend.norm_forward(inputs.x, inputs.weight, inputs.bias, n, 1, case.eps, False, need_stats=False)
+    check(case, inputs, NormResult(y))
+
+
+# --------------------------------------------------------------------------------------------------------- the contract
+
+SUBSETS = [need for need in itertools.product((False, True), repeat=3) if any(need)]
+
+
+@runs_kernels
+@pytest.mark.parametrize("looped", [False, True], ids=["whole", "looped"])
+@pytest.mark.parametrize("need", SUBSETS, ids=lambda need: "-".join(itertools.compress(("dx", "dw", "db"), need)))
+def test_only_the_gradients_asked_for(need: tuple, looped: bool, request: pytest.FixtureRequest) -> None:
+    if looped:
+        request.getfixturevalue("small_tiles")
+    case = Case(20, 70)
+    inputs = draw(case)
+    full, some = run(case, inputs), run(case, inputs, need)
+    assert [getattr(some, name) is not None for name in ("dx", "dw", "db")] == list(need)
+    assert_same_bits(full, some)
+
+
+@runs_kernels
+def test_no_stats_unless_needed() -> None:
+    inputs = draw(Case(5, 16))
+    with_stats, stats = backend.norm_forward(inputs.x, inputs.weight, inputs.bias, 16, 1, 1e-5, False, True)
+    without, none = backend.norm_forward(inputs.x, inputs.weight, inputs.bias, 16, 1, 1e-5, False, False)
+    assert none.shape == (0, 5) and none.dtype == FP32
+    torch.testing.assert_close(with_stats, without, rtol=0, atol=0)
+    torch.testing.assert_close(stats[1], inputs.x.mean(-1), rtol=1e-6, atol=1e-6)
+
+
+@runs_kernels
+@pytest.mark.parametrize("layout", ["strided", "misaligned"])
+@pytest.mark.parametrize("case", [Case(20, 96), Case(20, 96, BF16), Case(20, 63, BF16)], ids=str)
+def test_layout_changes_no_bit(case: Case, layout: str) -> None:
+    inputs = draw(case)
+    moved = Inputs(_laid_out(inputs.x, layout, 32), inputs.weight, inputs.bias, _laid_out(inputs.dy, layout, 7))
+    assert_same_bits(run(case, inputs), run(case, moved))
+
+
+@runs_kernels
+def test_expanded_upstream_gradient() -> None:
+    case = Case(20, 63)
+    inputs = draw(case)
+    expanded = Inputs(inputs.x, inputs.weight, inputs.bias, inputs.dy[:1].expand(20, 63))
+    check(case, expanded, run(case, expanded))
+
+
+@runs_kernels
+def test_any_shape_of_contiguous_input() -> None:
+    case = Case(24, 30)
+    inputs = draw(case)
+    y, stats = backend.norm_forward(inputs.x.view(2, 12, 5, 6), inputs.weight, inputs.bias, 30, 1, 1e-5, False, True)
+    assert y.shape == (2, 12, 5, 6)
+    dx, _, _ = backend.norm_backward(
+        inputs.dy.view(24, 5, 6),
+        inputs.x.view(2, 12, 5, 6),
+        stats,
+        inputs.weight,
+        30,
+        1,
+        False,
+        FP32,
+        True,
+        False,
+        False,
+    )
+    assert dx.shape == (2, 12, 5, 6)
+    check(case, inputs, NormResult(y, dx))
+
+
+# ------------------------------------------------------------------------------------------------------------- numerics
+
+
+@runs_kernels
+@pytest.mark.parametrize("rms", [False, True])
+@pytest.mark.parametrize("dtype", [FP64, FP32])
+def test_eps_has_the_precision_of_the_sums(dtype: torch.dtype, rms: bool) -> None:
+    # Rows so small that rstd is nearly 1/sqrt(eps): an eps rounded to fp32 is off by 2e-8.
+    case = Case(8, 100, dtype, rms, affine="none", eps=1e-5)
+    inputs = draw(case)
+    inputs = Inputs(inputs.x * 1e-4, None, None, inputs.dy)
+    y, stats = backend.norm_forward(inputs.x, None, None, 100, 1, case.eps, rms, True)
+    truth = truth_of(case, inputs)
+    assert relative_error(y.cpu(), truth.y) < 4 * torch.finfo(dtype).eps
+    rstd = 1 / (inputs.x.double().var(-1, correction=0) + 1e-5).sqrt() if not rms else None
+    if rstd is not None:
+        torch.testing.assert_close(stats[0].double(), rstd, rtol=3 * torch.finfo(dtype).eps, atol=0)
+
+
+@runs_kernels
+@pytest.mark.parametrize("looped", [False, True], ids=["whole", "looped"])
+@pytest.mark.parametrize("n", [100, 1000])
+def test_constant_row(n: int, looped: bool, request: pytest.FixtureRequest) -> None:
+    if looped:
+        request.getfixturevalue("small_tiles")
+    x = torch.tensor([[0.1], [1e6 + 0.3], [-7.7]], device=DEVICE).expand(3, n).contiguous()
+    y, stats = backend.norm_forward(x, None, None, n, 1, 1e-5, False, True)
+    assert torch.equal(y, torch.zeros_like(y)) and torch.equal(stats[1], x[:, 0])
+    y, _ = backend.norm_forward(x, None, None, n, 1, 0.0, False, True)
+    assert y.isnan().all()
+
+
+@runs_kernels
+@pytest.mark.parametrize("looped", [False, True], ids=["whole", "looped"])
+def test_large_offset(looped: bool, request: pytest.FixtureRequest) -> None:
+    if looped:
+        request.getfixturevalue("small_tiles")
+    x = (torch.randn(4, 1000) + 1e6).to(DEVICE)
+    y, _ = backend.norm_forward(x, None, None, 1000, 1, 1e-5, False, False)
+    assert (y.std(-1, correction=0) - 1).abs().max() < 1e-2
+    assert relative_error(y.cpu(), norm_truth(x.cpu(), None, None, x.cpu(), 1000, 1e-5, False).y) < 0.05
+
+
+@runs_kernels
+@pytest.mark.parametrize("looped", [False, True], ids=["whole", "looped"])
+@pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
+@pytest.mark.parametrize("value, at", [(float("nan"), 0), (float("nan"), 70), (float("inf"), 0), (float("-inf"), 70)])
+def test_nan_and_inf_as_torch(value: float, at: int, rms: bool, looped: bool, request: pytest.FixtureRequest) -> None:
+    if looped:
+        request.getfixturevalue("small_tiles")
+    case = Case(12, 100, FP32, rms)
+    clean = draw(case)
+    x = clean.x.clone()
+    x[5, at] = value
+    dirty = Inputs(x, clean.weight, clean.bias, clean.dy)
+    before, after, by_torch = run(case, clean), run(case, dirty), run_torch(case, dirty)
+    others = torch.arange(12) != 5
+    assert torch.equal(after.y[5].cpu().isnan(), by_torch.y[0, 5].isnan())
+    if not rms or value != value:  # NaN
+        assert after.y[5].isnan().all()
+    else:
+        assert torch.equal(after.y[5].cpu().nan_to_num(9), by_torch.y[0, 5].nan_to_num(9))
+    assert torch.equal(after.y[others], before.y[others]) and torch.equal(after.dx[others], before.dx[others])
+    assert torch.equal(after.dx[5].cpu().isnan(), by_torch.dx[0, 5].isnan())
+
+
+@runs_kernels
+@pytest.mark.parametrize("looped", [False, True], ids=["whole", "looped"])
+@pytest.mark.parametrize("case", [Case(40, 17), Case(40, 100, BF16, True)], ids=str)
+def test_forward_is_batch_invariant(case: Case, looped: bool, request: pytest.FixtureRequest) -> None:
+    if looped:
+        request.getfixturevalue("small_tiles")
+    inputs = draw(case)
+
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        return backend.norm_forward(x, inputs.weight, inputs.bias, case.n, 1, case.eps, case.rms, True)
+
+    y, stats = forward(inputs.x)
+    for rows in (slice(3, 20), slice(39, 40)):
+        part, part_stats = forward(inputs.x[rows])
+        assert torch.equal(part, y[rows]) and torch.equal(part_stats, stats[:, rows])
+
+
+@runs_kernels
+@pytest.mark.parametrize("looped", [False, True], ids=["whole", "looped"])
+def test_two_runs_give_the_same_bits(looped: bool, request: pytest.FixtureRequest) -> None:
+    if looped:
+        request.getfixturevalue("small_tiles")
+    case = Case(40, 100, BF16, param_dtype=FP32)
+    inputs = draw(case)
+    assert_same_bits(run(case, inputs), run(case, inputs))
+
+
+@pytest.mark.gpu
+def test_more_than_2_to_the_31_elements() -> None:
+    rows, n = 2**21 + 3, 1024
+    x = torch.randn(64, n, device="cuda", dtype=BF16).repeat(rows // 64 + 1, 1)[:rows]
+    y, stats = backend.norm_forward(x, None, None, n, 1, 1e-5, False, True)
+    assert torch.equal(y[-2:], y[(rows - 2) % 64 : (rows - 2) % 64 + 2])
+    dx, _, _ = backend.norm_backward(x, x, stats, None, n, 1, False, BF16, True, False, False)
+    assert torch.equal(dx[-2:], dx[(rows - 2) % 64 : (rows - 2) % 64 + 2])
+
+
+# -------------------------------------------------------------------------------------------------------------- traffic
+
+
+class Traffic:
+    """Bytes that kernels load from and store to each tensor's storage, counted in the interpreter."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        self._accesses: list[tuple[str, object, object, int]] = []
+        load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+        def counted_load(builder, ptrs, mask, *args, **kwargs):
+            result = load(builder, ptrs, mask, *args, **kwargs)
+            self._accesses.append(("load", ptrs.data, mask.data, result.data.itemsize))
+            return result
+
+        def counted_store(builder, ptrs, value, mask, *args, **kwargs):
+            self._accesses.append(("store", ptrs.data, mask.data, value.data.itemsize))
+            return store(builder, ptrs, value, mask, *args, **kwargs)
+
+        monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted_load)
+        monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counted_store)
+
+    def clear(self) -> None:
+        self._accesses.clear()
+
+    def total(self, kind: str) -> int:
+        return sum(int(mask.sum()) * size for k, _, mask, size in self._accesses if k == kind)
+
+    def of(self, kind: str, t: Tensor) -> int:
+        begin = t.untyped_storage().data_ptr()
+        end = begin + t.untyped_storage().nbytes()
+        return sum(
+            int((mask & (ptrs >= begin) & (ptrs < end)).sum()) * size
+            for k, ptrs, mask, size in self._accesses
+            if k == kind
+        )
+
+
+@runs_kernels
+@pytest.mark.parametrize("looped", [False, True], ids=["whole", "looped"])
+@pytest.mark.parametrize("case", [Case(24, 256, FP32), Case(24, 256, BF16, True)], ids=str)
+def test_traffic(case: Case, looped: bool, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not INTERPRETED:
+        pytest.skip("bytes are counted in the interpreter")
+    if looped:
+        request.getfixturevalue("small_tiles")
+    inputs = draw(case)
+    unit = inputs.x.nbytes
+    traffic = Traffic(monkeypatch)
+    y, stats = backend.norm_forward(inputs.x, inputs.weight, inputs.bias, case.n, 1, 1e-5, case.rms, True)
+    pivots = 0 if case.rms else unit // case.n
+    assert traffic.of("load", inputs.x) == unit * (2 if looped else 1) + pivots
+    assert traffic.of("store", y) == unit and traffic.total("store") == unit + stats.nbytes
+
+    traffic.clear()
+    dx, dw, db = backend.norm_backward(
+        inputs.dy, inputs.x, stats, inputs.weight, case.n, 1, case.rms, case.dtype, True, True, not case.rms
+    )
+    assert traffic.of("load", inputs.x) == traffic.of("load", inputs.dy) == unit * (2 if looped else 1)
+    assert traffic.of("store", dx) == unit
+    grads = [g for g in (dw, db) if g is not None]
+    config = launch.backward_launch(case.n, case.dtype.itemsize)
+    share = launch.backward_partition(case.rows, 1, config.rows)
+    tiles = share.parts if not looped else -(-case.rows // config.rows)
+    partial = tiles * case.n * 4 * len(grads)
+    assert traffic.total("store") == unit + partial + sum(g.nbytes for g in grads)
+
+    traffic.clear()
+    backend.norm_backward(
+        inputs.dy, inputs.x, stats, inputs.weight, case.n, 1, case.rms, case.dtype, False, False, True
+    )
+    assert traffic.of("load", inputs.x) == 0 and traffic.of("load", inputs.dy) == unit
+
+
+# ------------------------------------------------------------------------------------------------- launch configuration
+
+
+@pytest.mark.parametrize("warp_size", [32, 64])
+@pytest.mark.parametrize("element_size", [8, 4, 2])
+def test_launches_cover_every_width(element_size: int, warp_size: int) -> None:
+    widths = sorted({2**k + d for k in range(19) for d in (-1, 0, 1) if 2**k + d > 0})
+    for n in widths:
+        for config in (launch.forward_launch, launch.backward_launch):
+            c = config(n, element_size, warp_size)
+            assert c.looped or c.block_n >= n
+            assert c.num_warps & (c.num_warps - 1) == 0 and 1 <= c.num_warps * warp_size <= 1024
+
+
+@pytest.mark.parametrize("groups", [1, 3, 300])
+@pytest.mark.parametrize("rows", [1, 7, 256, 257, 4096, 4100, 1_000_003])
+@pytest.mark.parametrize("tile", [1, 4, 64])
+def test_partition_shares_out_every_row_once(rows: int, groups: int, tile: int) -> None:
+    share = launch.backward_partition(rows, groups, tile)
+    assert share.rows_per_part % tile == 0 and share.parts * groups <= max(launch.MAX_PARTS, groups)
+    assert (share.parts - 1) * share.rows_per_part < rows <= share.parts * share.rows_per_part
+
+
+def test_alignment() -> None:
+    assert [launch.alignment(n) for n in (1, 2, 12, 16, 48, 1000, 0)] == [1, 2, 4, 16, 16, 8, 16]
+    assert launch.alignment(64, 24) == 8
+
+
+# ---------------------------------------------------------------------------------------------- availability and import
+
+
+def test_unavailable_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "TRITON_INTERPRET=1" in backend.unavailable("cpu")
+    assert "mps" in backend.unavailable("mps")
+    if not torch.cuda.is_available():
+        assert "no cuda device" in backend.unavailable("cuda")
+    if not INTERPRETED:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        assert "before" in backend.unavailable("cpu")
+
+
+def test_without_triton() -> None:
+    code = """if True:
+        import os, sys
+        sys.modules["triton"] = None
+        from fused_norm.backends import triton as backend
+        os.environ["TRITON_INTERPRET"] = "1"
+        assert "triton cannot be imported" in backend.unavailable("cpu"), backend.unavailable("cpu")
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_importing_the_backend_imports_no_triton() -> None:
+    code = "import sys, fused_norm.backends.triton as b; b.unavailable('cpu'); assert 'triton' not in sys.modules"
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    )
+
+
+# ------------------------------------------------------------------------------------------------ compiled, without GPU
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+ELEMENT = {8: "fp64", 4: "fp32", 2: "bf16"}
+INTEGERS = {"eps_bits", "total_rows", "rows", "tiles", "parts", "rows_per_part", "n"}
+
+needs_compiler = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile")
+
+
+@dataclass(frozen=True)
+class Build:
+    """One kernel as the launcher would compile it: a pass, a row width, types, which inputs are aligned."""
+
+    pass_: str
+    n: int
+    size: int
+    rms: bool = False
+    param_size: int | None = None
+    aligned: bool = True
+    stride: int | None = None
+
+    def __str__(self) -> str:
+        params = f"-{ELEMENT[self.param_size]}" if self.param_size else ""
+        layout = "" if self.aligned and self.stride is None else f"-aligned={self.aligned}-stride={self.stride}"
+        return f"{self.pass_}-{self.n}-{ELEMENT[self.size]}{params}-{'rms' if self.rms else 'layer'}{layout}"
+
+
+@functools.cache
+def compiled(build: Build, target: str):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    gpu = GPUTarget(*TARGETS[target])
+    x, parameter, acc = (
+        ELEMENT[build.size],
+        ELEMENT[build.param_size or build.size],
+        "fp64" if build.size == 8 else "fp32",
+    )
+    constants: dict[str, object] = {"FP64": build.size == 8, "ALIGN_N": launch.alignment(build.n)}
+    pointers = {
+        "stats_ptr": acc,
+        "weight_ptr": parameter,
+        "bias_ptr": parameter,
+        "x_ptr": x,
+        "y_ptr": x,
+        "dy_ptr": x,
+        "dx_ptr": x,
+    }
+    pointers |= {"dw_ptr": acc, "db_ptr": acc, "dw_partial_ptr": acc, "db_partial_ptr": acc}
+    fresh = {"stats_ptr", "y_ptr", "dx_ptr", "dw_ptr", "db_ptr", "dw_partial_ptr", "db_partial_ptr"}
+    align = launch.alignment(build.n, build.stride or build.n)
+    if build.pass_ == "reduce":
+        config = launch.reduce_launch(build.n, launch.MAX_PARTS, gpu.warp_size)
+        kernel = norm.norm_backward_reduce_kernel
+        constants |= {"PARTS": config.rows, "BLOCK_N": config.block_n}
+        pointers |= {"dw_ptr": parameter, "db_ptr": parameter}
+    else:
+        config = getattr(launch, f"{build.pass_}_launch")(build.n, build.size, gpu.warp_size)
+        kernel = getattr(norm, f"norm_{build.pass_}{'_looped' if config.looped else ''}_kernel")
+        constants |= {"IS_RMS": build.rms, "ALIGN_X": align, "ROWS": config.rows, "BLOCK_N": config.block_n}
+        if build.pass_ == "backward":
+            constants["ALIGN_DY"] = align
+        if build.rms:
+            constants |= {"bias_ptr": None} if build.pass_ == "forward" else {"db_ptr": None}
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in INTEGERS or name.endswith("_stride"):
+            signature[name] = "i32"
+        else:
+            signature[name] = f"*{pointers[name]}"
+            if build.aligned or name in fresh:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, {k: v for k, v in constants.items() if k in kernel.arg_names}, attributes)
+    return triton.compile(source, target=gpu, options={"num_warps": config.num_warps, **norm.COMPILE_OPTIONS})
+
+
+def _nvidia_tool(name: str, argument: str, cubin: bytes, tmp_path: Path) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    if not tool.exists():
+        pytest.skip(f"this triton brings no {name}")
+    (tmp_path / "kernel.cubin").write_bytes(cubin)
+    return subprocess.run(
+        [tool, argument, tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True
+    ).stdout
+
+
+WIDEST = {"forward": launch.FORWARD_WHOLE_ROW, "backward": launch.BACKWARD_WHOLE_ROW}
+# Of each pass and dtype: several rows a tile, the widest row that is kept whole, and a looped one.
+BUILDS = [
+    Build(pass_, n, size, rms)
+    for pass_, size, rms in itertools.product(WIDEST, (4, 2), (False, True))
+    for n in (64, WIDEST[pass_][size], 65536)
+    if not rms or n != 64
+]
+BUILDS += [Build(pass_, WIDEST[pass_][2], 2, param_size=4) for pass_ in WIDEST]
+BUILDS += [Build("reduce", 1024, 4), Build("reduce", 65536, 2)]
+SM_90_BUILDS = [Build(pass_, n, 8) for pass_ in WIDEST for n in (64, WIDEST[pass_][8], 65536)]
+SM_90_BUILDS += [Build(p, n, size) for p in WIDEST for n in (1024, 4096) for size in (4, 2)]
+SM_90_BUILDS += [Build(pass_, 65536, 2, param_size=4) for pass_ in WIDEST]
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "target, build",
+    [(target, build) for target in TARGETS for build in BUILDS] + [("sm_90", build) for build in SM_90_BUILDS],
+    ids=str,
+)
+def test_compiles_without_spills(build: Build, target: str, tmp_path: Path) -> None:
+    kernel = compiled(build, target)
+    if target == "gfx942":
+        assembly = kernel.asm["amdgcn"]
+        assert re.findall(r"\.(?:[sv]gpr_spill_count|private_segment_fixed_size): *(\d+)", assembly) == ["0"] * 3
+        return
+    usage = _nvidia_tool("cuobjdump", "-res-usage", kernel.asm["cubin"], tmp_path)
+    stack, local = map(int, re.search(r"STACK:(\d+).*LOCAL:(\d+)", usage).groups())
+    assert (stack, local) == (0, 0), usage
+
+
+def _widest_access(ptx: str, kind: str, bits: int) -> int:
+    """Bytes of the widest ``ld.global`` or ``st.global`` of elements or words of ``bits``."""
+    widths = re.findall(rf"{kind}\.global\S*?(?:\.v(\d))?\.b{bits}\b", ptx)
+    return max((int(w or 1) * bits // 8 for w in widths), default=0)
+
+
+@needs_compiler
+@pytest.mark.parametrize("size", [4, 2], ids=ELEMENT.get)
+@pytest.mark.parametrize("n", [64, 1000, 4096, 65536])
+@pytest.mark.parametrize("pass_", ["forward", "backward"])
+def test_aligned_rows_move_16_bytes_at_a_time(pass_: str, n: int, size: int) -> None:
+    ptx = compiled(Build(pass_, n, size), "sm_90").asm["ptx"]
+    # Streams are those with an eviction hint; every such load of x and dy takes 16 bytes.
+    streams = re.findall(r"ld\.global\.L1::evict_first\S*", ptx)
+    assert streams and all(s.endswith(".v4.b32") for s in streams), set(streams)
+    assert _widest_access(ptx, "st", 32) == 16
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "build", [Build("forward", 64, 4, aligned=False), Build("backward", 64, 4, stride=65)], ids=str
+)
+def test_unaligned_rows_take_no_wide_load(build: Build) -> None:
+    streams = re.findall(r"ld\.global\.L1::evict_first\S*", compiled(build, "sm_90").asm["ptx"])
+    assert streams and not any(".v" in s for s in streams), set(streams)
+
+
+def _reductions(kernel) -> list[str]:
+    """The type of what each reduction takes, layout included: the layout decides the order of the sum."""
+    ttgir = kernel.asm["ttgir"]
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
+    types = re.findall(r'"tt\.reduce"\(.*?\}\) : \((.*?)\) ->', ttgir, re.DOTALL)
+    return [re.sub(r"#\w+", lambda m: layouts.get(m[0], m[0]), t) for t in types]
+
+
+@needs_compiler
+@pytest.mark.parametrize("n, size", [(64, 4), (4096, 2), (65536, 4), (1001, 2)])
+@pytest.mark.parametrize("pass_", ["forward", "backward"])
+def test_order_of_sums_does_not_depend_on_alignment(pass_: str, n: int, size: int) -> None:
+    expected = _reductions(compiled(Build(pass_, n, size), "sm_90"))
+    assert expected
+    for other in (
+        Build(pass_, n, size, aligned=False),
+        Build(pass_, n, size, stride=n + 1),
+        Build(pass_, n, size, stride=n + 15),
+    ):
+        assert _reductions(compiled(other, "sm_90")) == expected, other
+
+
+@needs_compiler
+@pytest.mark.parametrize("n", [64, 65536])
+@pytest.mark.parametrize("pass_", ["forward", "backward"])
+def test_row_offsets_are_64_bit(pass_: str, n: int) -> None:
+    ttir = compiled(Build(pass_, n, 4), "sm_90").asm["ttir"]
+    stride = re.findall(r"arith\.muli .*%\w*stride\w* .*: (\S+)", ttir)
+    assert all(t == "i64" for t in stride), stride
+    multiplied = re.findall(r"arith\.muli (.*) : tensor<\S*?x(i\d+)>", ttir)
+    assert multiplied and all(t == "i64" for _, t in multiplied), multiplied
