@@ -1,7 +1,7 @@
 """The CUDA forward kernel, run on the CPU thread by thread under AddressSanitizer and UndefinedBehaviorSanitizer.
 
 Every call runs under two orders of the warps and must give the same bits, with outputs and shared memory poisoned with
-NaN and guarded at both ends. The second half plants bugs in a copy of the source, and demands that this net catches each.
+NaN and guarded at both ends. The second half plants bugs in a copy of the source, and demands that each is caught.
 """
 
 from __future__ import annotations
