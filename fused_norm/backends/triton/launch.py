@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 #: A row wider than this (by element size) is looped over: the widest that the compiler keeps in registers without
 #: spilling on sm_80, sm_90 and sm_100 (tests/test_triton.py). Forward holds an fp32 value an element, 32 a thread.
-#: 32768 columns need 1024 threads, which have 64 registers each: too few in fp32, whose loads take twice those of bf16.
-FORWARD_WHOLE_ROW = {8: 8192, 4: 16384, 2: 32768}
+#: 32768 columns would need 1024 threads, which have 64 registers each: too few in fp32, and on sm_100 in bf16.
+FORWARD_WHOLE_ROW = {8: 8192, 4: 16384, 2: 16384}
 
 #: Backward holds x, dy, the sums for dw and db, and the weight: five values an element, 16 of each a thread.
 BACKWARD_WHOLE_ROW = {8: 4096, 4: 8192, 2: 8192}

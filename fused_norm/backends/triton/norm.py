@@ -6,8 +6,8 @@ Traffic, in units of M*N*E bytes:
     backward  whole row on chip  3: x and dy read, dx written  looped  5: x and dy read twice
 
 and beside it the parameters, the row statistics, and in backward the partial sums of dw and db, ``parts`` rows of n
-fp32 values each (:mod:`.launch`). They are written once, and read once by the kernel that adds them up; the looped kernel
-reads and writes them for each tile of rows. All this counts what kernels ask for: a second reading may hit a cache.
+fp32 values each (:mod:`.launch`). They are written once, and read once by the kernel that adds them up; the looped
+kernel reads and writes them for each tile of rows. All this counts what kernels ask for: a second read may hit a cache.
 
 Tiles are (ROWS, BLOCK_N). The layout in which Triton holds a tile, and with it the order of a sum, follows from the
 widest access to the tile: that is y or dx, which are fresh and contiguous, so n alone decides it, not the alignment or
