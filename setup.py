@@ -97,7 +97,9 @@ def find_cuda() -> Path:
     for home in homes:
         if (home / "include/cuda_runtime.h").exists() and (home / "bin/nvcc").exists():
             return home
-    raise CannotBuild(f"no CUDA toolkit: looked for bin/nvcc and include/cuda_runtime.h in {', '.join(map(str, homes))}")
+    raise CannotBuild(
+        f"no CUDA toolkit: looked for bin/nvcc and include/cuda_runtime.h in {', '.join(map(str, homes))}"
+    )
 
 
 def present_gpus() -> str:
@@ -182,7 +184,9 @@ def run(command: list[str]) -> None:
     if result.stdout.strip():
         print(result.stdout, file=sys.stderr, flush=True)
     if result.returncode:
-        raise CannotBuild(f"this command failed with status {result.returncode}: {shlex.join(command)}\n{result.stdout[-2000:]}")
+        raise CannotBuild(
+            f"this command failed with status {result.returncode}: {shlex.join(command)}\n{result.stdout[-2000:]}"
+        )
 
 
 class BuildPy(build_py):

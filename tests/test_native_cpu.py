@@ -75,9 +75,7 @@ def run_torch(x, weight, bias, dy, n, groups=1, eps=1e-5, rms=False):
             return NormResult(None)
         parts.append([y.detach(), *(None if t is None else t.grad for t in leaves)])
     y, dx, dw, db = ([p[i] for p in parts] for i in range(4))
-    return NormResult(
-        torch.cat(y), torch.cat(dx), *(None if t[0] is None else torch.stack(t) for t in (dw, db))
-    )
+    return NormResult(torch.cat(y), torch.cat(dx), *(None if t[0] is None else torch.stack(t) for t in (dw, db)))
 
 
 def extended_truth(x, weight, bias, dy, n, eps, rms, groups=1):
@@ -101,8 +99,8 @@ def extended_truth(x, weight, bias, dy, n, eps, rms, groups=1):
 def narrow_bounds(x, weight, bias, dy, n, groups, eps, rms):
     """For each of y, dx, dw, db: the norm of what is added up in it, counting what cancels.
 
-    In rows of a few elements much cancels, and how much torch's error and ours come to is chance. A bound that counts the
-    terms before they cancel holds for every draw.
+    In rows of a few elements much cancels, and in fp64 all of a row shares one rounding of its rstd: how large torch's error and ours
+    come out over a few rows is chance then. A bound that counts the terms before they cancel holds for every draw.
     """
     x, dy, sets = x.double(), dy.double(), [None if p is None else p.double().view(-1, n) for p in (weight, bias)]
     w, b = (torch.zeros(1, n) if p is None else p.repeat_interleave(len(x) // len(p), 0) for p in sets)
@@ -126,7 +124,7 @@ def check(x, weight, bias, dy, n, groups=1, eps=1e-5, rms=False, param_dtype=Non
     assert actual.dx.dtype == actual.y.dtype == x.dtype and actual.dx.shape == actual.y.shape == x.shape, what
     assert actual.dw.dtype == actual.db.dtype == (param_dtype or x.dtype), what
     assert actual.dw.shape == actual.db.shape == (groups, n), what
-    if n < 32:
+    if n < 32 or (len(x) < 32 and x.dtype == F64):
         unit = torch.finfo(F64 if x.dtype == F64 else F32).eps / 2
         for name, bound in narrow_bounds(x, weight, bias, dy, n, groups, eps, rms).items():
             a, t = getattr(actual, name), getattr(truth, name)
@@ -243,9 +241,7 @@ def test_groups(dtypes):
                     run(*(x[s], weight[g % w_sets], bias[g % b_sets], dy[s]), n, rms=rms, param_dtype=param_dtype)
                     for g, s in ((g, slice(g * rows, (g + 1) * rows)) for g in range(groups))
                 ]
-                joined = NormResult(
-                    *(torch.cat([getattr(r, name) for r in apart]) for name in ("y", "dx", "dw", "db"))
-                )
+                joined = NormResult(*(torch.cat([getattr(r, name) for r in apart]) for name in ("y", "dx", "dw", "db")))
                 assert_same(together, joined, f"{rows}x{n}, weight sets {w_sets}, bias sets {b_sets}")
                 if not rms:
                     check(x, weight, bias, dy, n, groups, param_dtype=param_dtype)
@@ -494,6 +490,8 @@ def test_cuda_backward_formulas(rms):
         for needs in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
             for groups in (1, 7):
                 args = (dy, x, stats, w, n, groups, rms, F32, *needs)
-                for got, expected in zip(native._norm_backward_cuda(*args), reference.norm_backward(*args), strict=True):
+                for got, expected in zip(
+                    native._norm_backward_cuda(*args), reference.norm_backward(*args), strict=True
+                ):
                     if expected is not None:
                         torch.testing.assert_close(got, expected)

@@ -93,9 +93,7 @@ def _norm_backward_cuda(
     # torch's kernel takes the shape of dw and db from the parameters.
     has_shapes = weight is not None or not (need_dw or need_db)
     if rms or groups != 1 or not same_dtypes or not has_shapes:
-        return reference.norm_backward(
-            dy, x, stats, weight, n, groups, rms, param_dtype, need_dx, need_dw, need_db
-        )
+        return reference.norm_backward(dy, x, stats, weight, n, groups, rms, param_dtype, need_dx, need_dw, need_db)
     rstd, mean = stats.unsqueeze(-1).unbind(0)
     weight = None if weight is None else weight.view(n)
     dx, dw, db = torch.ops.aten.native_layer_norm_backward(
