@@ -1,4 +1,4 @@
-"""The table of norm cases (shapes x dtypes x parameters), how to draw their inputs and run them, and the rule they are held to.
+"""The table of norm cases (shapes x dtypes x parameters), how to draw and run them, and the rule they are held to.
 
 The rule itself, how far a result may lie from the fp64 truth, is ``fused_norm.testing.assert_norm_close``.
 """
@@ -6,19 +6,19 @@ The rule itself, how far a result may lie from the fp64 truth, is ``fused_norm.t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import fused_norm.functional as FF
-from fused_norm.testing import NormResult, assert_norm_close, norm_truth
+from fused_norm.testing import NormResult, assert_norm_close, norm_truth, relative_error, typical_rounding
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
-#: (rows, columns): one element, one column, narrower than a vector, ragged, the usual widths, wide rows, many short rows.
+#: (rows, columns): one element, one column, narrower than a vector, ragged, usual widths, wide rows, many short rows.
 SHAPES = (
     (1, 1),
     (3, 1),
@@ -80,7 +80,7 @@ def _affine_of(op: str) -> tuple[str, ...]:
 
 
 def norm_cases() -> list[NormCase]:
-    """Every shape in every dtype with full parameters, fp32 parameters beside bf16/fp16 x, and each subset of parameters once."""
+    """Every shape and dtype with full parameters, bf16/fp16 x with fp32 parameters, each subset of parameters once."""
     cases = []
     for op in OPS:
         full = _affine_of(op)[0]
@@ -134,7 +134,7 @@ def run(case: NormCase, inputs: NormInputs, namespace=FF) -> NormResult:
 
 
 def run_torch(case: NormCase, inputs: NormInputs) -> NormResult:
-    """torch's result from the same inputs; on CUDA torch refuses fp32 parameters beside bf16/fp16 x, and then the CPU's stands in."""
+    """torch's result from the same inputs; where CUDA refuses (bf16 x, fp32 parameters), the CPU's stands in."""
     try:
         return run(case, inputs, F)
     except RuntimeError:
@@ -151,17 +151,38 @@ def check(case: NormCase, inputs: NormInputs, result: NormResult, is_torch: bool
     """
     truth = norm_truth(inputs.x, inputs.weight, inputs.bias, inputs.dy, case.n, case.eps, case.rms)
     by_torch = run_torch(case, inputs)
-    for name, ours, theirs in (
-        ("y", result.y, by_torch.y),
-        ("dx", result.dx, by_torch.dx),
-        ("dw", result.dw, by_torch.dw),
-        ("db", result.db, by_torch.db),
-    ):
+    for name in ("y", "dx", "dw", "db"):
+        ours, theirs = getattr(result, name), getattr(by_torch, name)
         assert (ours is None) == (theirs is None), name
         if ours is not None:
             assert ours.dtype == theirs.dtype and ours.shape == theirs.shape, (name, ours.dtype, ours.shape)
     assert result.y.is_contiguous()
-    assert_norm_close(replace(result, dw=None, db=None) if is_torch else result, truth, by_torch)
+    judged = {"y": result.y, "dx": result.dx, "dw": result.dw, "db": result.db}
+    if is_torch:
+        judged["dw"] = judged["db"] = None
+    if case.n == 1 and case.rms:
+        # dx is g*rstd*(1 - xhat^2) with xhat^2 nearly 1: nothing but cancellation is left of it.
+        judged["dx"] = None
+        rstd = (inputs.x.double().square() + case.eps).rsqrt()
+        size = inputs.dy.double().abs() * rstd * (1 if inputs.weight is None else inputs.weight.double().abs())
+        assert ((result.dx.double() - truth.dx).abs() <= 4 * torch.finfo(case.dtype).eps * size + 1e-300).all()
+    for name, value in judged.items():
+        if value is not None and relative_error(value, getattr(truth, name)) <= _lottery(case):
+            judged[name] = None
+    assert_norm_close(NormResult(**judged), truth, by_torch)
+
+
+def _lottery(case: NormCase) -> float:
+    """The error below which a comparison with torch's is a lottery, as a relative L2 norm.
+
+    In fp64 because the truth itself is rounded to fp64; in fp32 with a few rows because each row's error is mostly that
+    of its one rstd, so the ratio of two errors is that of a few random numbers.
+    """
+    if case.dtype == torch.float64:
+        return 16 * typical_rounding(case.dtype)
+    if case.dtype == torch.float32 and case.rows < 16:
+        return 16 * typical_rounding(case.dtype)
+    return 0.0
 
 
 def assert_same_bits(a: Tensor | None, b: Tensor | None, what: str = "") -> None:

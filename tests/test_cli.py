@@ -95,8 +95,7 @@ def test_a_wrong_backend_fails_the_check(bug: str) -> None:
     )
 
 
-@pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
-@pytest.mark.parametrize("what", ["value", "gradient"])
+@pytest.mark.parametrize("op, what", [("layer_norm", "value"), ("rms_norm", "gradient")])
 def test_a_wrong_torch_backend_fails_the_check(op: str, what: str) -> None:
     """Needs no extension: torch's own function is made wrong."""
     change = "y * 1.01" if what == "value" else "y.detach() + 1.01 * (y - y.detach())"

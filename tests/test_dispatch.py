@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
+import importlib
 import logging
 import os
 import shutil
@@ -209,19 +209,25 @@ def test_auto_takes_triton_on_cuda(monkeypatch) -> None:
     assert seen == [1]
 
 
-@pytest.mark.parametrize("name", ["triton", "native", "reference"])
-def test_every_backend_keeps_the_contracts_signature(name: str) -> None:
-    """norm_forward, norm_backward and unavailable take what autograd hands them, by position."""
-    if fused_norm.available_backends()[name] is not None and name != "reference":
-        pytest.skip(f"{name}: {fused_norm.available_backends()[name]}")
-    module = __import__(
-        "fused_norm.reference" if name == "reference" else f"fused_norm.backends.{name}", fromlist=["x"]
-    )
-    assert list(inspect.signature(module.norm_forward).parameters) == \
-        ["x", "weight", "bias", "n", "groups", "eps", "rms", "need_stats"]  # fmt: skip
-    assert list(inspect.signature(module.norm_backward).parameters) == \
-        ["dy", "x", "stats", "weight", "n", "groups", "rms", "param_dtype", "need_dx", "need_dw", "need_db"]  # fmt: skip
-    assert module.unavailable("cpu") is None or isinstance(module.unavailable("cpu"), str)
+@pytest.mark.parametrize("rms", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("name", ["native", "reference"])
+def test_every_backend_keeps_the_contract(name: str, groups: int, rms: bool) -> None:
+    """Arguments by position, and what comes back: dtypes and shapes of ``fused_norm.backends``."""
+    if (reason := fused_norm.available_backends()[name]) is not None:
+        pytest.skip(f"{name}: {reason}")
+    module = importlib.import_module("fused_norm.reference" if name == "reference" else f"fused_norm.backends.{name}")
+    assert module.unavailable("cpu") is None
+    assert isinstance(module.unavailable("meta"), str) or name == "reference"
+    x, dy, w, b = (torch.randn(s).bfloat16() for s in ((2, 3, 8), (6, 8), (groups, 8), (groups, 8)))
+    y, stats = module.norm_forward(x, w, b, 8, groups, 1e-5, rms, True)
+    assert y.shape == x.shape and y.dtype == x.dtype and y.is_contiguous() and not y._is_view()
+    assert stats.shape == (1 if rms else 2, 6) and stats.dtype == torch.float32
+    assert module.norm_forward(x, w, b, 8, groups, 1e-5, rms, False)[1].shape == (0, 6)
+    dx, dw, db = module.norm_backward(dy, x, stats, w, 8, groups, rms, torch.float32, True, True, True)
+    assert dx.shape == x.shape and dx.dtype == x.dtype
+    assert dw.shape == db.shape == (groups, 8) and dw.dtype == db.dtype == torch.float32
+    module.norm_backward(dy, x, stats, None, 8, groups, rms, torch.float32, True, False, False)
 
 
 # ----------------------------------------------------------------------------------------------- other processes

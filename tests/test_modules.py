@@ -39,8 +39,10 @@ def _calls(theirs: type) -> list:
 
 
 CONSTRUCTIONS = [
-    pytest.param(ours, theirs, args, kwargs, id=f"{pair}-{name}") for pair, (ours, theirs) in PAIRS.items() for name, args, kwargs in _calls(theirs)
-]  # fmt: skip
+    pytest.param(ours, theirs, args, kwargs, id=f"{pair}-{name}")
+    for pair, (ours, theirs) in PAIRS.items()
+    for name, args, kwargs in _calls(theirs)
+]
 
 
 def _like(ours: type, module: nn.Module, *args, **kwargs) -> nn.Module:
@@ -52,7 +54,7 @@ def _like(ours: type, module: nn.Module, *args, **kwargs) -> nn.Module:
 
 @pairs
 def test_class(ours: type, theirs: type) -> None:
-    """Subclass, and the torch name within the class name: Hugging Face initialises and excludes from weight decay by it."""
+    """A subclass, with the torch name in its own: Hugging Face initialises and spares from weight decay by it."""
     assert issubclass(ours, theirs) and ours is not theirs
     assert theirs.__name__ in ours.__name__
     assert inspect.signature(ours) == inspect.signature(theirs)

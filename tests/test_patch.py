@@ -278,7 +278,7 @@ def test_checkpoints_move_between_stock_and_patched() -> None:
 
 
 def test_transformer_encoder_layer() -> None:
-    """nn.TransformerEncoderLayer's fast path in eval mode never calls the norm: outputs agree there and in training all the same."""
+    """Outputs agree in training and in eval mode, whose fast path never calls the norm."""
     torch.manual_seed(0)
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2)
     x = torch.randn(3, 5, 16)

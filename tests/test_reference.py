@@ -1,4 +1,4 @@
-"""The oracle and the rules it is used with: they too can be wrong, so both are held to torch in fp64 and to planted errors."""
+"""The oracle and the rules it is used with: both are held to torch in fp64 and to planted errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _inputs(groups: int, rows: int, n: int, has_weight: bool, has_bias: bool, sh
 
 
 def _by_autograd(x, dy, weight, bias, n: int, groups: int, eps: float, rms: bool) -> NormResult:
-    """torch's function group by group, with a weight and a bias of each group's own so that dw and db come per group."""
+    """torch's function group by group, each with its own weight and bias, so that dw and db come per group."""
     rows = x.shape[0] // groups
     results = []
     for g in range(groups):
@@ -105,13 +105,15 @@ def test_large_offset() -> None:
     x = torch.randn(8, 768) + 1e6
     y, _ = reference.norm_forward(x, None, None, 768, 1, 1e-5, False, False)
     truth, _ = reference.norm_forward(x.double(), None, None, 768, 1, 1e-5, False, False)
-    assert testing.relative_error(y, truth) < 1e-6
+    assert (
+        y - truth
+    ).abs().max() < 0.75 * 0.0625  # the mean, an fp32 number near 1e6, is rounded to a multiple of 1/16
     assert abs(y.std().item() - 1) < 1e-2
 
 
 @both
 def test_derivatives_of_the_formulas(rms: bool) -> None:
-    """They are ordinary operations: gradcheck through forward, and gradcheck of backward as a function of (dy, x, weight)."""
+    """They are ordinary operations: gradcheck of forward, and of backward as a function of (dy, x, weight)."""
     x, dy, weight, bias = (t.requires_grad_() for t in _inputs(1, 3, 5, True, True, True))
 
     def forward(x, weight, bias):
@@ -132,7 +134,7 @@ def test_it_serves_every_device(device_type: str) -> None:
     assert reference.unavailable(device_type) is None
 
 
-# --------------------------------------------------------------------------------------------------- the rules of testing
+# ------------------------------------------------------------------------------------------------ the rules of testing
 
 
 def test_norm_truth_is_the_fp64_result() -> None:
