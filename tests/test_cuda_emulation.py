@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -217,66 +218,82 @@ class Bug:
     file: str
     old: str
     new: str
-    call: Call
+    call: Callable[[], Call]
     report: str | None
 
 
 BUGS = {
     "a removed barrier": Bug(
-        "common.cuh", "  __syncthreads();\n", "", draw(1, 768), "depends on the order in which warps run"
+        "common.cuh",
+        "  __syncthreads();\n",
+        "",
+        lambda: draw(1, 768, rms=True),
+        "depends on the order in which warps run",
     ),
     "one shared array for two sums": Bug(
-        "norm_forward.cuh", "partial + kWarp);", "partial);", draw(1, 768), "depends on the order in which warps run"
+        "norm_forward.cuh",
+        "partial + kWarp);",
+        "partial);",
+        lambda: draw(1, 768),
+        "depends on the order in which warps run",
     ),
     "a barrier not all threads reach": Bug(
         "common.cuh",
         "  __syncthreads();\n",
         "  if (threadIdx.x < kWarp) __syncthreads();\n",
-        draw(1, 768),
+        lambda: draw(1, 768),
         "32 of 64 threads wait at a barrier",
     ),
     "lanes without a row leave before the shuffle": Bug(
         "norm_forward.cuh",
         "  const bool live = m < shape.rows;\n",
         "  const bool live = m < shape.rows;\n  if (!live) return;\n",
-        draw(3, 16),
+        lambda: draw(3, 16),
         "12 of 32 lanes are at a shuffle",
     ),
     "a wrong shuffle offset": Bug(
-        "common.cuh", "(threads < kWarp ? threads : kWarp) / 2", "kWarp / 4", draw(1, 128), None
+        "common.cuh", "(threads < kWarp ? threads : kWarp) / 2", "kWarp / 4", lambda: draw(1, 128), None
     ),
     "a read past the row's end": Bug(
-        "common.cuh", "if (present<VECTOR, K>(c, j, n)) v = p[j];", "v = p[j];", draw(1, 99), "heap-buffer-overflow"
+        "common.cuh",
+        "if (present<VECTOR, K>(c, j, n)) v = p[j];",
+        "v = p[j];",
+        lambda: draw(1, 99),
+        "heap-buffer-overflow",
     ),
     "a write past the row's end": Bug(
         "common.cuh",
         "if (present<VECTOR, K>(c, j, n)) p[j] =",
         "p[j] =",
-        draw(1, 99, affine=(False, False)),
+        lambda: draw(1, 99, affine=(False, False)),
         "heap-buffer-overflow",
     ),
     "a chunk never written": Bug(
-        "norm_forward.cuh", "store_chunk<VECTOR>(y_row", "if (c != 17) store_chunk<VECTOR>(y_row", draw(1, 128), None
+        "norm_forward.cuh",
+        "store_chunk<VECTOR>(y_row",
+        "if (c != 17) store_chunk<VECTOR>(y_row",
+        lambda: draw(1, 128),
+        None,
     ),
     "a 16-byte access to a misaligned row": Bug(
         "norm_forward.cuh",
         "const bool vector = whole_chunks && aligned(a.x)",
         "const bool vector = whole_chunks",
-        draw(2, 64, offsets=(1, 0, 0, 0)),
+        lambda: draw(2, 64, offsets=(1, 0, 0, 0)),
         "misaligned address",
     ),
     "less shared memory than is used": Bug(
         "norm_forward.cuh",
         "how.shared_bytes += sizeof(Chunk) * config.rows_per_block * cached;",
         "how.shared_bytes += sizeof(Chunk) * config.rows_per_block * (cached - 1);",
-        draw(1, 9000),
+        lambda: draw(1, 9000),
         "use-after-poison",
     ),
     "a 32-bit row offset": Bug(
         "norm_forward.cuh",
         "x + (live ? m : 0) * shape.x_row_stride",
         "x + static_cast<int>((live ? m : 0) * shape.x_row_stride)",
-        draw(2, 64, x_row_stride=2**31 + 8),
+        lambda: draw(2, 64, x_row_stride=2**31 + 8),
         "SEGV",
     ),
 }
@@ -295,12 +312,13 @@ def planted(bug: Bug, folder: Path) -> Path:
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_caught(emulator: Emulator, bug: str, tmp_path: Path) -> None:
     planted_bug = BUGS[bug]
-    run_and_check(emulator, planted_bug.call)  # the bug is what fails, not the call
+    call = planted_bug.call()
+    run_and_check(emulator, call)  # the bug is what fails, not the call
     broken = Emulator([FP32], planted(planted_bug, tmp_path))
     if planted_bug.report is None:
-        (result,) = broken.run(planted_bug.call)
+        (result,) = broken.run(call)
         with pytest.raises(AssertionError, match="limit"):
-            check(planted_bug.call, result)
+            check(call, result)
     else:
         with pytest.raises(EmulationError, match=planted_bug.report):
-            broken.run(planted_bug.call)
+            broken.run(call)
