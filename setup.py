@@ -2,17 +2,18 @@
 
 FUSED_NORM_BUILD chooses:
 
-    auto    (default) what this machine can build: the CPU kernels, the CUDA kernels too where there is a CUDA toolkit, or nothing.
-            Never fails: what cannot be built is left out with a warning, and the package then does without it.
+    auto    (default) what this machine can build: the CPU kernels, the CUDA kernels too where there is a CUDA toolkit,
+            or nothing. Never fails: what cannot be built is left out with a warning, and the package does without it.
     off     no extension: pure Python.
     cpu     the CPU kernels, or an error.
     cuda    the CPU and the CUDA kernels, or an error.
 
-Also read: CXX, CXXFLAGS, LDFLAGS; CUDA_HOME, NVCC_FLAGS and TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX"; without it the GPUs present, without
-any DEFAULT_CUDA_ARCHS); MAX_JOBS.
+Also read: CXX, CXXFLAGS, LDFLAGS; CUDA_HOME, NVCC_FLAGS and TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX"; without it the GPUs
+present, without any DEFAULT_CUDA_ARCHS); MAX_JOBS.
 
-The extensions use Python's limited API and the libtorch stable ABI, so a wheel built with one Python and torch serves all Python >= 3.10
-and torch >= 2.11, with and without CUDA. torch must be importable while building: ``pip install --no-build-isolation .``
+The extensions use Python's limited API and the libtorch stable ABI, so a wheel built with one Python and torch serves
+all Python >= 3.10 and torch >= 2.11, with and without CUDA. torch must be importable while building:
+``pip install --no-build-isolation .``
 """
 
 import hashlib
@@ -40,14 +41,20 @@ DEFAULT_CUDA_ARCHS = "8.0;9.0;10.0+PTX"
 NOTE = "_build_note.txt"
 
 CXX_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-Wall"]
-# No -ffast-math: NaN and infinity must come through. No contraction either: kernels fuse multiply and add where they say so, and so
-# give the same bits wherever the compiler inlines them.
+# No -ffast-math: NaN and infinity must come through. No contraction either: kernels fuse multiply and add where they
+# say so, and so give the same bits wherever the compiler inlines them.
 KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
+AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
+AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw"]
 X86_FLAGS = {
-    "kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY_AVX2"],
+    "kernels_avx2.cpp": [*AVX2_FLAGS, "-DCPU_CAPABILITY_AVX2"],
     # GCC 12's own AVX-512 header trips these two warnings.
-    "kernels_avx512.cpp": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw"]
-    + ["-DCPU_CAPABILITY_AVX512", "-Wno-uninitialized", "-Wno-maybe-uninitialized"],
+    "kernels_avx512.cpp": [
+        *AVX512_FLAGS,
+        "-DCPU_CAPABILITY_AVX512",
+        "-Wno-uninitialized",
+        "-Wno-maybe-uninitialized",
+    ],
 }
 STABLE_ABI_FLAGS = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
 
@@ -154,7 +161,7 @@ def plan(mode: str) -> tuple[list[Extension], list[str]]:
     limited = not sysconfig.get_config_var("Py_GIL_DISABLED")
     wanted = [("fused_norm._C", "CPU", ["csrc/ops.cpp", *relative_glob("csrc/cpu/*.cpp")], check_cpu)]
     if mode != "cpu":
-        sources = relative_glob("csrc/cuda/*.cu") + ["csrc/cuda/bindings.cpp"]
+        sources = [*relative_glob("csrc/cuda/*.cu"), "csrc/cuda/bindings.cpp"]
         wanted.append(("fused_norm._C_cuda", "CUDA", sources, check_cuda))
     extensions, notes = [], []
     for name, kind, sources, check in wanted:
@@ -204,7 +211,7 @@ def write_note(build_lib: str) -> None:
 
 
 class BuildExt(build_ext):
-    """Compiles each source by the command it needs (nvcc, or g++ with the flags of its instruction set), skipping what is up to date."""
+    """Compiles each source by the command it needs (nvcc, or g++ for its instruction set); skips what is up to date."""
 
     def run(self):
         super().run()

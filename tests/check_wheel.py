@@ -1,7 +1,8 @@
 """Try a wheel under several interpreters: ``python tests/check_wheel.py dist/fused_norm-*.whl PYTHON...``
 
-Each interpreter must have torch. The wheel is installed without its dependencies into a folder of its own, so nothing in the interpreter's
-environment changes, and a smoke test runs there: the extension is loaded, and forward and backward agree with fp64.
+Each interpreter must have torch. The wheel is installed without its dependencies into a folder of its own, so nothing
+in the interpreter's environment changes, and a smoke test runs there: the extension is loaded, and forward and backward
+agree with fp64.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ torch.manual_seed(0)
 for capability in native.cpu_capabilities():
     native.set_cpu_capability(capability)
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        x, weight, bias, dy = (torch.randn(s, dtype=torch.float64).to(dtype) for s in ((64, 515), (515,), (515,), (64, 515)))
+        shapes = (64, 515), (515,), (515,), (64, 515)
+        x, weight, bias, dy = (torch.randn(s, dtype=torch.float64).to(dtype) for s in shapes)
         for rms in (False, True):
             leaves = [t.clone().requires_grad_() for t in ((x, weight) if rms else (x, weight, bias))]
             results = []
@@ -38,7 +40,8 @@ for capability in native.cpu_capabilities():
                     y = module.layer_norm(leaves[0], (515,), *leaves[1:], 1e-5)
                 results.append(NormResult(y.detach(), *torch.autograd.grad(y, leaves, dy)))
             assert_norm_close(results[0], norm_truth(x, weight, None if rms else bias, dy, 515, 1e-5, rms), results[1])
-print("torch", torch.__version__, "python", sys.version.split()[0], native.cpu_capabilities(), "cuda:", native.unavailable("cuda"))
+print("torch", torch.__version__, "python", sys.version.split()[0], *native.cpu_capabilities())
+print("cuda:", native.unavailable("cuda"))
 """
 
 
@@ -55,7 +58,7 @@ def check(wheel: Path, python: str) -> bool:
             if result.returncode:
                 print(f"{python}: FAILED\n{result.stdout}")
                 return False
-    print(f"{python}: ok: {result.stdout.strip().splitlines()[-1]}")
+    print(f"{python}: ok: {'; '.join(result.stdout.splitlines())}")
     return True
 
 
@@ -67,7 +70,8 @@ def main(arguments: list[str]) -> int:
     if "-abi3-" not in wheel.name:
         print(f"{wheel.name} is not an abi3 wheel")
         return 1
-    return 0 if all([check(wheel, python) for python in arguments[1:]]) else 1
+    results = [check(wheel, python) for python in arguments[1:]]  # each, also after a failure
+    return 0 if all(results) else 1
 
 
 if __name__ == "__main__":

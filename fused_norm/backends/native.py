@@ -1,7 +1,7 @@
-"""The C++ backend: loads the compiled extensions, and adapts their operators to the contract in :mod:`fused_norm.backends`.
+"""The C++ backend: loads the compiled extensions, and adapts their operators to the contract in :mod:`.backends`.
 
-``fused_norm._C`` holds the operators' schemas and the CPU kernels, ``fused_norm._C_cuda`` the CUDA kernels. Both are optional: without
-them this module imports all the same, and :func:`unavailable` says what is missing.
+``fused_norm._C`` holds the operators' schemas and the CPU kernels, ``fused_norm._C_cuda`` the CUDA kernels. Both are
+optional: without them this module imports all the same, and :func:`unavailable` says what is missing.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def unavailable(device_type: str) -> str | None:
 def cpu_capability() -> str | None:
     """The instruction set in use on the CPU: "default", "avx2" or "avx512"; None without the extension.
 
-    It is the best that the machine has, unless the environment variable ``ATEN_CPU_CAPABILITY`` asked for less when the extension
-    was loaded.
+    It is the best that the machine has, unless the environment variable ``ATEN_CPU_CAPABILITY`` asked for less when the
+    extension was loaded.
     """
     return None if _cpu_missing else _C.cpu_capability()
 
@@ -109,8 +109,8 @@ def _norm_backward_cuda(
 if not _cpu_missing:
     from .. import _C
 
-    # The contract's functions are the operators themselves, less the Python frame that an OpOverload puts around them: it would
-    # be a third of a small call.
+    # The contract's functions are the operators themselves, less the Python frame that an OpOverload puts around them:
+    # it would be a third of a small call.
     norm_forward = torch.ops.fused_norm.norm_forward.default._op
     _norm_backward_cpu = torch.ops.fused_norm.norm_backward.default._op
 
