@@ -255,17 +255,29 @@ def test_kernels_see_what_the_contract_says(op: str, layout: str, reference_call
 
 
 @both_ops
-def test_views_with_a_pending_minus_or_conjugate(op: str, place) -> None:
-    """``z.conj().imag`` is a real tensor whose minus sign is not in memory."""
+@pytest.mark.parametrize("contiguous", [False, True])
+def test_views_with_a_pending_minus(op: str, contiguous: bool, place) -> None:
+    """``z.conj().imag`` is real, and its minus sign is not in memory: as x, as weight and as upstream gradient."""
     view = torch.randn(6, 40, dtype=torch.complex64, device=place.device).conj().imag
-    assert view.is_neg()
-    torch.testing.assert_close(call(op, FF, view, (40,)), call(op, F, view.clone().resolve_neg(), (40,)))
-    x = torch.randn(6, 40, device=place.device)
-    grads = []
-    for namespace, dy in ((FF, view), (F, view.clone().resolve_neg())):
-        leaf_x = leaf(x)
-        grads.append(torch.autograd.grad(call(op, namespace, leaf_x, (40,)), leaf_x, dy)[0])
-    torch.testing.assert_close(*grads)
+    view = torch._neg_view(torch.randn(6, 40, device=place.device)) if contiguous else view
+    plain = view.clone().resolve_neg()
+    assert view.is_neg() and not plain.is_neg() and view.is_contiguous() == contiguous
+    results = []
+    for x, w, dy in (
+        (view, plain[0], plain),
+        (plain, view[0], plain),
+        (plain, plain[0], view),
+        (plain, plain[0], plain),
+    ):
+        x, w = (t.detach().requires_grad_() for t in (x, w))
+        y = call(op, FF, x, (40,), w)
+        results.append((y, *torch.autograd.grad(y, (x, w), dy)))
+    x, w = leaf(plain), leaf(plain[0])
+    y = call(op, F, x, (40,), w)
+    expected = (y, *torch.autograd.grad(y, (x, w), plain))
+    for result in results:
+        for a, e in zip(result, expected, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
 
 
 def test_strided_parameters(place) -> None:
@@ -639,10 +651,10 @@ class Logging(torch.Tensor):
 
 @both_ops
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["input", "weight", "bias"])
-def test_torch_function_subclass_is_handed_to_torchs_function(op: str, which: int, transformed: str) -> None:
+def test_torch_function_subclass_is_handed_to_torchs_function(op: str, which: int, place) -> None:
     if op == "rms_norm" and which == 2:
         pytest.skip("rms_norm has no bias")
-    tensors = [torch.randn(5, 24, device=transformed), *(torch.randn(24, device=transformed) for _ in range(2))]
+    tensors = [torch.randn(5, 24, device=place.device), *(torch.randn(24, device=place.device) for _ in range(2))]
     expected = call(op, F, tensors[0], (24,), *tensors[1:])
     tensors[which] = tensors[which].as_subclass(Logging)
     seen = []
@@ -699,16 +711,20 @@ def test_device_context_and_other_function_modes_keep_the_kernels(op: str, refer
     x, w = torch.randn(5, 24, requires_grad=True), torch.randn(24)
     expected = call(op, F, x, (24,), w)
 
-    class Counting(torch.overrides.TorchFunctionMode):
+    seen = []
+
+    class Recording(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
             return func(*args, **(kwargs or {}))
 
-    for number, mode in enumerate((torch.device("cpu"), torch.device("meta"), Counting()), 1):
+    for number, mode in enumerate((torch.device("cpu"), torch.device("meta"), Recording()), 1):
         with mode, fused_norm.use_backend("reference"):
             y = call(op, FF, x, (24,), w)
             y.backward(torch.randn(5, 24, device="cpu"))
         torch.testing.assert_close(y, expected)
         assert len(reference_calls.forward) == len(reference_calls.backward) == number
+    assert getattr(FF, op) in seen, "a mode sees the call itself, as it sees torch's"
 
 
 @both_ops
