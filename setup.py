@@ -44,7 +44,7 @@ CXX_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-
 # No -ffast-math: NaN and infinity must come through. No contraction either: kernels fuse multiply and add where they
 # say so, and so give the same bits wherever the compiler inlines them.
 KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
-AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
+AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c", "-mprfchw"]
 AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw"]
 X86_FLAGS = {
     "kernels_avx2.cpp": [*AVX2_FLAGS, "-DCPU_CAPABILITY_AVX2"],
