@@ -137,7 +137,8 @@ def _autocast_enabled(device_type: str) -> bool:
 def _torch_norm(rms, x, shape, weight, bias, eps) -> Tensor:
     """torch's own function, made to take fp32 parameters beside bf16 and fp16 input on every device."""
     if rms:
-        return F.rms_norm(x, shape, weight, eps)
+        y = F.rms_norm(x, shape, weight, eps)
+        return y.contiguous() if type(y) is Tensor and y.layout is torch.strided else y
     if (
         isinstance(x, Tensor)
         and not x.is_cpu
@@ -205,8 +206,8 @@ def _checked_params(
             raise RuntimeError(f"{name} is on device {p.device}, input is on {x.device}")
     if rms:
         if weight.dtype != x.dtype and weight.dtype != torch.float32:
-            if not weight.is_floating_point():
-                raise RuntimeError(f"weight is {weight.dtype}, input is {x.dtype}: a weight must be floating point")
+            if weight.is_complex():
+                raise RuntimeError(f"weight is {weight.dtype}, input is {x.dtype}: a real input takes a real weight")
             weight = weight.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
         elif x.dtype == torch.float64:
             weight = weight.double()
@@ -220,11 +221,12 @@ def _checked_params(
                 f"{name} is {p.dtype}, input is {x.dtype}: parameters must have input's dtype,"
                 " or float32 for bfloat16 and float16"
             )
-    if weight is not None and not weight.is_contiguous():
-        weight = weight.contiguous()
-    if bias is not None and not bias.is_contiguous():
-        bias = bias.contiguous()
-    return weight, bias
+    return _dense(weight), _dense(bias)
+
+
+def _dense(p: Tensor | None) -> Tensor | None:
+    """``p`` as it lies in memory: contiguous, with no minus sign pending."""
+    return p if p is None or (p.is_contiguous() and not p.is_neg()) else p.resolve_neg().contiguous()
 
 
 def ticks_loss(

@@ -36,11 +36,18 @@ def norm_forward(
     mean = None
     if not rms:
         # Summing the differences from the first element keeps a constant row's mean exact, and a row with a large
-        # offset accurate.
+        # offset accurate. A first element far from the rest costs digits, which `off` gives back.
         x0 = xf[..., :1]
         mean = x0 + (xf - x0).sum(-1, keepdim=True) / n
-    centred = xf if mean is None else xf - mean
-    rstd = 1 / torch.sqrt(centred.square().sum(-1, keepdim=True) / n + eps)
+        centred = xf - mean
+        off = centred.sum(-1, keepdim=True) / n
+        var = centred.square().sum(-1, keepdim=True) / n - off.square()
+        mean = mean + off
+        centred = xf - mean
+    else:
+        centred = xf
+        var = xf.square().sum(-1, keepdim=True) / n
+    rstd = 1 / torch.sqrt(var + eps)
     y = centred * rstd
     if weight is not None:
         y = y * _per_group(weight, n)
@@ -48,7 +55,9 @@ def norm_forward(
         y = y + _per_group(bias, n)
     rows = [] if not need_stats else [rstd] if mean is None else [rstd, mean]
     stats = torch.stack([r.reshape(-1) for r in rows]) if rows else xf.new_empty((0, xf.shape[0] * xf.shape[1]))
-    return y.to(x.dtype).reshape(x.shape), stats
+    y = y.to(x.dtype).contiguous()
+    # Not a view in autograd's eyes, so that users may write over the output.
+    return torch.ops.aten._unsafe_view.default(y, x.shape), stats
 
 
 def norm_backward(
@@ -94,13 +103,15 @@ def ticks_forward(
     zf = _acc(z)
     keep = target != ignore_index
     t = torch.where(keep, target, 0).unsqueeze(1)
-    z_t = zf.gather(1, t).squeeze(1)
-    lse_others = zf.scatter(1, t, float("-inf")).logsumexp(1)
-    margin = lse_others - z_t
-    q = torch.sigmoid(margin)
-    nll = -torch.nn.functional.logsigmoid(-margin)
+    largest = zf.detach().amax(1, keepdim=True)  # everything below is the same whatever is subtracted
+    z_t = (zf.gather(1, t) - largest).squeeze(1)
+    others = (zf - largest).scatter(1, t, float("-inf")).exp().sum(1)
+    total = others + z_t.exp()
+    q = others / total
+    # Each form of -log p where it is exact: near p = 1 by q, elsewhere by the logits. (log1p is kept off q = 1.)
+    nll = torch.where(q < 0.5, -torch.log1p(-torch.where(q < 0.5, q, 0)), total.log() - z_t)
     loss = (ce + ticks) * nll + ticks * (1 - q)
-    return torch.where(keep, loss, 0), torch.logaddexp(lse_others, z_t), q
+    return torch.where(keep, loss, 0), total.log() + largest.squeeze(1), q
 
 
 def ticks_backward(

@@ -1,8 +1,10 @@
 // LayerNorm and RMSNorm, forward: one row after another, each read from memory once and then from cache.
 //
-//   mean = x0 + sum(x - x0)/n    var = sum((x - mean)^2)/n    rstd = 1/sqrt(var + eps)    y = (x - mean)*rstd*w + b
+//   m = x0 + sum(x - x0)/n    off = sum(x - m)/n    mean = m + off    var = sum((x - m)^2)/n - off^2
+//   rstd = 1/sqrt(var + eps)    y = (x - mean)*rstd*w + b
 //
-// RMSNorm leaves the mean out. x0 is the row's first element.
+// RMSNorm leaves the mean out. x0 is the row's first element; where it lies far from the rest m has lost digits, and off
+// gives them back.
 #pragma once
 
 #include "kernels.h"
@@ -14,18 +16,27 @@ namespace {
 FUSED_NORM_INLINE float square_root(float a) { return __builtin_sqrtf(a); }
 FUSED_NORM_INLINE double square_root(double a) { return __builtin_sqrt(a); }
 
-// Sum over a row of n columns: `add(i, acc)` returns acc plus the terms of the register at column i, `last()` the terms of the tail.
+// The sum of a row's deviations and of their squares, taken in one pass.
+template <typename A>
+struct Moments {
+  Vec<A> sum = {}, squares = {};
+  FUSED_NORM_INLINE Moments operator+(const Moments& o) const { return {sum + o.sum, squares + o.squares}; }
+  FUSED_NORM_INLINE Moments& operator+=(const Moments& o) { return *this = *this + o; }
+};
+
+// Sum over a row of n columns, of type R (a register, or Moments): `add(i, acc)` returns acc plus the terms of the register at
+// column i, `last()` the terms of the tail.
 //
 // Four accumulators, which are added up every 64 rounds: a chain of additions is never long, and so neither is its error.
-template <typename A, typename Add, typename Last>
-FUSED_NORM_INLINE A sum_row(int64_t n, const Tail<A>& tail, const Add& add, const Last& last) {
+template <typename A, typename R, typename Add, typename Last>
+FUSED_NORM_INLINE R sum_row(int64_t n, const Tail<A>& tail, const Add& add, const Last& last) {
   constexpr int64_t L = kLanes<A>, kRounds = 64;
-  Vec<A> total = {};
+  R total = {};
   int64_t i = 0;
   while (n - i >= 4 * L) {
     const int64_t rounds = (n - i) / (4 * L);
     const int64_t end = i + 4 * L * (rounds < kRounds ? rounds : kRounds);
-    Vec<A> a0 = {}, a1 = {}, a2 = {}, a3 = {};
+    R a0 = {}, a1 = {}, a2 = {}, a3 = {};
     for (; i < end; i += 4 * L) {
       a0 = add(i, a0);
       a1 = add(i + L, a1);
@@ -36,7 +47,7 @@ FUSED_NORM_INLINE A sum_row(int64_t n, const Tail<A>& tail, const Add& add, cons
   }
   for (; n - i >= L; i += L) total = add(i, total);
   if (tail.any) total += last();
-  return sum_lanes(total);
+  return total;
 }
 
 template <typename T, typename W, bool Rms, bool HasWeight, bool HasBias>
@@ -54,31 +65,40 @@ void forward_rows(const NormForward& a, int64_t begin, int64_t end) {
     const W* weight = (const W*)a.weight + (HasWeight ? group * a.weight_stride : 0);
     const W* bias = (const W*)a.bias + (HasBias ? group * a.bias_stride : 0);
 
-    A mean = 0;
-    if constexpr (!Rms) {
+    A mean = 0, var;
+    if constexpr (Rms) {
+      const V squares = sum_row<A, V>(
+          n, tail, [&](int64_t i, V acc) { const V v = load(x + i); return fma(v, v, acc); },
+          [&] { const V v = tail.keep(tail.load(x)); return v * v; });
+      var = sum_lanes(squares) / count;
+    } else {
       const A x0 = load_one(x);
       const V pivot = splat<A>(x0);
-      const A sum = sum_row<A>(
+      const V shifted = sum_row<A, V>(
           n, tail, [&](int64_t i, V acc) { return acc + (load(x + i) - pivot); },
           [&] { return tail.keep(tail.load(x) - pivot); });
-      mean = x0 + sum / count;
+      mean = x0 + sum_lanes(shifted) / count;
+      const V first = splat<A>(mean);
+      const Moments<A> moments = sum_row<A, Moments<A>>(
+          n, tail,
+          [&](int64_t i, Moments<A> acc) {
+            const V d = load(x + i) - first;
+            return Moments<A>{acc.sum + d, fma(d, d, acc.squares)};
+          },
+          [&] {
+            const V d = tail.keep(tail.load(x) - first);
+            return Moments<A>{d, d * d};
+          });
+      const A off = sum_lanes(moments.sum) / count;
+      mean += off;
+      var = sum_lanes(moments.squares) / count - off * off;
     }
     const V vmean = splat<A>(mean);
     const auto centre = [&](V v) {
       if constexpr (Rms) return v;
       else return v - vmean;
     };
-    const A squares = sum_row<A>(
-        n, tail,
-        [&](int64_t i, V acc) {
-          const V d = centre(load(x + i));
-          return fma(d, d, acc);
-        },
-        [&] {
-          const V d = tail.keep(centre(tail.load(x)));
-          return d * d;
-        });
-    const A rstd = 1 / square_root(squares / count + eps);
+    const A rstd = 1 / square_root(var + eps);
     if (a.rstd) ((A*)a.rstd)[row] = rstd;
     if (a.mean) ((A*)a.mean)[row] = mean;
 

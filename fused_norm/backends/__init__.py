@@ -23,8 +23,10 @@ Results
     ``(2, M)`` holding ``rstd`` then ``mean``, or ``(1, M)`` holding ``rstd`` alone for ``rms=True``; ``(0, M)`` if
     ``need_stats`` is false. A gradient that is not needed may come back as anything and is ignored.
 Mathematics, per row (docs/math.md has the derivations)
-    mean = x0 + sum(x - x0)/n with x0 the row's first element, so that a constant row has its exact mean; left out
-    for ``rms``. rstd = 1/sqrt(sum((x - mean)^2)/n + eps), by a second pass over the row, never by E[x^2] - E[x]^2.
+    First pass: m = x0 + sum(x - x0)/n with x0 the row's first element, so that a constant row has its exact mean.
+    Second pass: off = sum(x - m)/n, which gives back the digits lost where x0 lies far from the rest;
+    mean = m + off, var = sum((x - m)^2)/n - off^2. For ``rms`` there is no mean, and var = sum(x^2)/n.
+    rstd = 1/sqrt(var + eps). Never E[x^2] - E[x]^2 of x itself.
     xhat = (x - mean)*rstd; y = xhat*w + b, rounded once.
     g = dy*w; dx = rstd*(g - mean_n(g) - xhat*mean_n(g*xhat)), without the ``mean_n(g)`` term for ``rms``.
     dw = sum over the group's rows of dy*xhat, db = sum of dy.

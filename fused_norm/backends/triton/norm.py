@@ -113,7 +113,8 @@ def norm_forward_kernel(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """mean = x0 + sum(x - x0)/n; rstd = 1/sqrt(sum((x - mean)^2)/n + eps); y = (x - mean)*rstd*w + b.
+    """m = x0 + sum(x - x0)/n; off = sum(x - m)/n; mean = m + off; var = sum((x - m)^2)/n - off^2;
+    rstd = 1/sqrt(var + eps); y = (x - mean)*rstd*w + b.
 
     The row stays in registers.
     """
@@ -133,11 +134,16 @@ def norm_forward_kernel(
     x = tl.load(x_ptr + row[:, None] * x_stride + cols, mask=ok, other=0.0, eviction_policy="evict_first").to(ACC)
     if IS_RMS:
         centred = x
+        variance = _mean(tl.sum(x * x, axis=1), n, one_nth)
     else:
         x0 = tl.load(x_ptr + row * x_stride, mask=row_ok, other=0.0).to(ACC)
         mean = x0 + _mean(tl.sum(tl.where(ok, x - x0[:, None], 0.0), axis=1), n, one_nth)
         centred = tl.where(ok, x - mean[:, None], 0.0)
-    rstd = _reciprocal_sqrt(_mean(tl.sum(centred * centred, axis=1), n, one_nth), eps_bits, FP64)
+        off = _mean(tl.sum(centred, axis=1), n, one_nth)
+        variance = _mean(tl.sum(centred * centred, axis=1), n, one_nth) - off * off
+        mean += off
+        centred = x - mean[:, None]
+    rstd = _reciprocal_sqrt(variance, eps_bits, FP64)
     if stats_ptr is not None:
         tl.store(stats_ptr + row, rstd, mask=row_ok)
         if not IS_RMS:
@@ -179,8 +185,8 @@ def norm_forward_looped_kernel(
 
         M2 = M2_a + M2_b + (mean_b - mean_a)^2 * n_a*n_b/(n_a + n_b)
 
-    (Chan, Golub and LeVeque), with means taken relative to x0. So x is read twice in all, once for the statistics and
-    once for y, and not three times.
+    (Chan, Golub and LeVeque), with means taken relative to a pivot: the first chunk's mean, which is itself taken
+    relative to x0. So x is read twice in all, once for the statistics and once for y, and not three times.
     """
     ACC: tl.constexpr = tl.float64 if FP64 else tl.float32
     one_nth = _ratio(1, n, FP64)
@@ -192,8 +198,8 @@ def norm_forward_looped_kernel(
     cols = tl.arange(0, BLOCK_N)[None, :]
 
     if not IS_RMS:
-        x0 = tl.load(x_ptr + row * x_stride).to(ACC)
-    offset = tl.zeros([ROWS], ACC)  # mean - x0 of the columns so far
+        pivot = tl.load(x_ptr + row * x_stride).to(ACC)
+    offset = tl.zeros([ROWS], ACC)  # mean - pivot of the columns so far
     squares = tl.zeros([ROWS], ACC)  # sum of (x - mean)^2 over them
     for start in range(0, n, BLOCK_N):
         ok = cols < n - start
@@ -202,16 +208,21 @@ def norm_forward_looped_kernel(
             squares += tl.sum(x * x, axis=1)
         else:
             count = tl.minimum(n - start, BLOCK_N)
-            shifted = tl.where(ok, x - x0[:, None], 0.0)
-            chunk_offset = _mean(tl.sum(shifted, axis=1), count, _ratio(1, count, FP64))
-            centred = tl.where(ok, shifted - chunk_offset[:, None], 0.0)
+            one_countth = _ratio(1, count, FP64)
+            chunk_offset = _mean(tl.sum(tl.where(ok, x - pivot[:, None], 0.0), axis=1), count, one_countth)
+            if start == 0:
+                pivot += chunk_offset
+                chunk_offset = tl.zeros([ROWS], ACC)
+            centred = tl.where(ok, (x - pivot[:, None]) - chunk_offset[:, None], 0.0)
+            off = _mean(tl.sum(centred, axis=1), count, one_countth)
+            chunk_offset += off
             share = _ratio(count, start + count, FP64)  # n_b / (n_a + n_b)
             delta = chunk_offset - offset
-            squares += tl.sum(centred * centred, axis=1) + delta * delta * (share * start)
+            squares += tl.sum(centred * centred, axis=1) - off * off * count + delta * delta * (share * start)
             offset += delta * share
     rstd = _reciprocal_sqrt(_mean(squares, n, one_nth), eps_bits, FP64)
     if not IS_RMS:
-        mean = x0 + offset
+        mean = pivot + offset
     if stats_ptr is not None:
         tl.store(stats_ptr + row, rstd)
         if not IS_RMS:
