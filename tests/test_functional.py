@@ -32,6 +32,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import fused_norm
 import fused_norm.functional as FF
+from fused_norm.testing import relative_error
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -69,6 +70,17 @@ def test_large_offset(n: int, place) -> None:
     truth = F.layer_norm(x.double(), (n,))
     if place.backend != "torch":
         assert (y - truth).abs().max() < 0.75 * 0.0625  # the fp32 mean is a multiple of 1/16
+
+
+@pytest.mark.parametrize("n", [64, 768, 65537])
+def test_first_element_far_from_the_rest(n: int, place) -> None:
+    """The mean is summed about the first element; that must cost no digits when it is an outlier."""
+    x = torch.randn(8, n)
+    x[:, 0] += 100
+    x = x.to(place.device)
+    truth = F.layer_norm(x.double(), (n,))
+    limit = max(1.5 * relative_error(F.layer_norm(x, (n,)), truth), 2e-7)
+    assert relative_error(FF.layer_norm(x, (n,)), truth) <= limit
 
 
 @all_dtypes

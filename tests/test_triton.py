@@ -330,6 +330,7 @@ SUBSETS = [need for need in itertools.product((False, True), repeat=3) if any(ne
 
 
 @runs_kernels
+@pytest.mark.small
 @pytest.mark.parametrize("looped", [False, True], ids=["whole", "looped"])
 @pytest.mark.parametrize("need", SUBSETS, ids=lambda need: "-".join(itertools.compress(("dx", "dw", "db"), need)))
 def test_only_the_gradients_asked_for(need: tuple, looped: bool, request: pytest.FixtureRequest) -> None:
@@ -353,6 +354,7 @@ def test_no_stats_unless_needed() -> None:
 
 
 @runs_kernels
+@pytest.mark.small
 @pytest.mark.parametrize("layout", ["strided", "misaligned"])
 @pytest.mark.parametrize("case", [Case(20, 96), Case(20, 96, BF16), Case(20, 63, BF16)], ids=str)
 def test_layout_changes_no_bit(case: Case, layout: str) -> None:
@@ -370,6 +372,7 @@ def test_expanded_upstream_gradient() -> None:
 
 
 @runs_kernels
+@pytest.mark.small
 def test_any_shape_of_contiguous_input() -> None:
     case = Case(24, 30)
     inputs = draw(case)
@@ -433,6 +436,19 @@ def test_large_offset(looped: bool, request: pytest.FixtureRequest) -> None:
     y, _ = backend.norm_forward(x, None, None, 1000, 1, 1e-5, False, False)
     assert (y.std(-1, correction=0) - 1).abs().max() < 1e-2
     assert relative_error(y.cpu(), norm_truth(x.cpu(), None, None, x.cpu(), 1000, 1e-5, False).y) < 0.05
+
+
+@runs_kernels
+@pytest.mark.parametrize("looped", [False, True], ids=["whole", "looped"])
+@pytest.mark.parametrize("n", [64, 1000])
+def test_first_element_far_from_the_rest(n: int, looped: bool, request: pytest.FixtureRequest) -> None:
+    """The mean is summed about the first element; that must cost no digits when it is an outlier."""
+    if looped:
+        request.getfixturevalue("small_tiles")
+    x = torch.randn(4, n)
+    x[:, 0] += 100
+    y, _ = backend.norm_forward(x.to(DEVICE), None, None, n, 1, 1e-5, False, False)
+    assert relative_error(y.cpu(), norm_truth(x, None, None, x, n, 1e-5, False).y) < 2e-7
 
 
 @runs_kernels
