@@ -46,6 +46,8 @@ print("cuda:", native.unavailable("cuda"))
 
 
 def check(wheel: Path, python: str) -> bool:
+    if os.sep in python:  # a path: it is run from another folder (and not resolved: a venv's python is a link)
+        python = os.path.abspath(python)
     with tempfile.TemporaryDirectory() as folder:
         install = [python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", folder, str(wheel)]
         # Not from here: the current folder would come before the wheel.
