@@ -28,8 +28,9 @@ $(VENV)/.model: | $(VENV)/.ready
 run: $(VENV)/.ready $(VENV)/.model
 	$(PY) examples/finetune_bert.py $(ARGS)
 
+# Waiting threads sleep: on few cores, or busy ones, spinning costs more than it saves.
 test: $(VENV)/.ready
-	$(PY) -m pytest $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest $(ARGS)
 
 bench: $(VENV)/.ready
 	$(PY) bench/run.py $(ARGS)
