@@ -53,7 +53,7 @@ format: $(VENV)/.ready
 
 # One abi3 wheel for every torch from 2.11 on.
 wheel: $(VENV)/.ready
-	rm -rf dist build/wheel
+	rm -rf dist
 	$(PY) -m build --no-isolation --outdir dist
 
 # Install that wheel beside torch 2.11 and beside the torch of .venv, and run a smoke test under each.

@@ -159,7 +159,8 @@ def plan(mode: str) -> tuple[list[Extension], list[str]]:
     if mode == "off":
         return [], ["the native extension was not built: FUSED_NORM_BUILD=off"]
     limited = not sysconfig.get_config_var("Py_GIL_DISABLED")
-    wanted = [("fused_norm._C", "CPU", ["csrc/ops.cpp", *relative_glob("csrc/cpu/*.cpp")], check_cpu)]
+    kernels = [path for path in relative_glob("csrc/cpu/*.cpp") if is_x86() or Path(path).name not in X86_FLAGS]
+    wanted = [("fused_norm._C", "CPU", ["csrc/ops.cpp", *kernels], check_cpu)]
     if mode != "cpu":
         sources = [*relative_glob("csrc/cuda/*.cu"), "csrc/cuda/bindings.cpp"]
         wanted.append(("fused_norm._C_cuda", "CUDA", sources, check_cuda))
@@ -214,6 +215,11 @@ class BuildExt(build_ext):
     """Compiles each source by the command it needs (nvcc, or g++ for its instruction set); skips what is up to date."""
 
     def run(self):
+        if not self.inplace:  # what an earlier build with other choices left would go into the wheel
+            wanted = {self.get_ext_filename(ext.name.rpartition(".")[2]) for ext in self.extensions}
+            for path in Path(self.build_lib, "fused_norm").glob("_C*.so"):
+                if path.name not in wanted:
+                    path.unlink()
         super().run()
         if not self.inplace:
             write_note(self.build_lib)
@@ -237,8 +243,10 @@ class BuildExt(build_ext):
         for source in ext.sources:
             target = objects_dir / (Path(source).name + ".o")
             commands[target] = self.compile_command(source, target, torch_dir, cuda)
-        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-        with ThreadPoolExecutor(jobs) as pool:
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        if not jobs.isdecimal() or int(jobs) < 1:
+            raise CannotBuild(f"MAX_JOBS is {jobs!r}, expected a number of at least 1")
+        with ThreadPoolExecutor(int(jobs)) as pool:
             # Slowest first. `any` over a list, not a generator: each result is asked for, so that each error is seen.
             order = sorted(commands, key=lambda target: not target.name.startswith("kernels"))
             compiled = any(list(pool.map(lambda target: compile_if_stale(target, commands[target]), order)))
@@ -246,7 +254,7 @@ class BuildExt(build_ext):
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         link = [*find_cxx(), "-shared", *map(str, commands), f"-L{torch_dir / 'lib'}", "-ltorch_cpu"]
         if is_cuda:
-            lib = next(path for path in (cuda / "lib64", cuda / "lib") if path.is_dir())
+            lib = cuda / "lib64" if (cuda / "lib64").is_dir() else cuda / "lib"
             link += [f"-L{lib}", "-lcudart_static", "-lpthread", "-ldl", "-lrt", "-Wl,--exclude-libs,ALL"]
         link += [*shlex.split(os.environ.get("LDFLAGS", "")), "-o", str(output)]
         stamp = objects_dir / "link.command"
@@ -262,7 +270,7 @@ class BuildExt(build_ext):
             # Raw pointers only: these sources see no header of torch.
             flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *gencode_flags()]
             flags += shlex.split(os.environ.get("NVCC_FLAGS", ""))
-            compiler = [str(cuda / "bin/nvcc"), "-ccbin", find_cxx()[-1]]
+            compiler = [str(cuda / "bin/nvcc"), "-ccbin", find_cxx()[0]]
             return [*compiler, *flags, "-MD", "-MF", depfile, "-c", source, "-o", str(target)]
         flags = list(CXX_FLAGS)
         name = Path(source).name

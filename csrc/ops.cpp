@@ -71,6 +71,14 @@ int64_t row_stride(const Tensor& t, int64_t n, const char* name) {
   return t.stride(0);
 }
 
+// Where t's elements lie. A tensor whose storage has been freed (as FSDP does between uses) has a size and no data: reading it would
+// fault, and for weight and bias a null pointer means that there is none.
+const void* data_of(const Tensor& t, const char* name) {
+  const void* const data = t.const_data_ptr();
+  STD_TORCH_CHECK(data != nullptr || t.numel() == 0, name, " has shape ", shape(t), " and no storage: its memory has been freed");
+  return data;
+}
+
 struct Rows {
   Dtype dtype;
   int64_t n, count, per_group, stride;
@@ -169,18 +177,18 @@ std::tuple<Tensor, Tensor> norm_forward(
   if (weight) {
     weight_stride = check_param(*weight, rows, groups, "weight");
     param = dtype_of(*weight, "weight");
-    a.weight = weight->const_data_ptr();
+    a.weight = data_of(*weight, "weight");
   }
   if (bias) {
     bias_stride = check_param(*bias, rows, groups, "bias");
     const Dtype d = dtype_of(*bias, "bias");
     STD_TORCH_CHECK(!weight || d == param, "bias has dtype ", dtype_name(d), ", weight has ", dtype_name(param));
     param = d;
-    a.bias = bias->const_data_ptr();
+    a.bias = data_of(*bias, "bias");
   }
   Tensor y = empty_like(x, rows.dtype);
   Tensor stats = empty({need_stats ? (rms ? 1 : 2) : 0, rows.count}, accumulation(rows.dtype));
-  a.x = x.const_data_ptr();
+  a.x = data_of(x, "x");
   a.y = y.mutable_data_ptr();
   if (need_stats) {
     a.rstd = stats.mutable_data_ptr();
@@ -238,8 +246,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(
       dtype_name(rows.dtype));
   STD_TORCH_CHECK(dy.numel() == x.numel(), "dy has shape ", shape(dy), ", x has ", shape(x));
   NormBackward a{};
-  a.dy = dy.const_data_ptr();
-  a.x = x.const_data_ptr();
+  a.dy = data_of(dy, "dy");
+  a.x = data_of(x, "x");
   a.n = n;
   a.dy_stride = row_stride(dy, n, "dy");
   a.x_stride = rows.stride;
@@ -251,14 +259,14 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(
     STD_TORCH_CHECK(
         stats.numel() == (rms ? 1 : 2) * rows.count, "stats has shape ", shape(stats), ", expected (", rms ? 1 : 2, ", ",
         rows.count, ")");
-    a.rstd = stats.const_data_ptr();
+    a.rstd = data_of(stats, "stats");
     if (!rms) a.mean = (const char*)a.rstd + rows.count * size_of(acc);
   }
   Dtype weight_dtype = rows.dtype;
   if (weight) {
     a.weight_stride = check_param(*weight, rows, groups, "weight");
     weight_dtype = dtype_of(*weight, "weight");
-    a.weight = weight->const_data_ptr();
+    a.weight = data_of(*weight, "weight");
   }
   Dtype out_dtype = rows.dtype;
   if (param_dtype != x.scalar_type()) {

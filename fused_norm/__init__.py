@@ -4,7 +4,7 @@ import fused_norm
 import fused_norm.functional as FF
 """
 
-from . import functional, ops
+from . import functional, ops, testing
 from .dispatch import available_backends, use_backend
 from .modules import LayerNorm, RMSNorm, TicksCrossEntropyLoss, TicksLoss
 from .patch import PatchReport, patch, unpatch
@@ -21,6 +21,7 @@ __all__ = [
     "functional",
     "ops",
     "patch",
+    "testing",
     "unpatch",
     "use_backend",
 ]

@@ -79,6 +79,8 @@ def gradcheck(argv: list[str]) -> int:
     )
     parser.add_argument("--junit", metavar="FILE", help="write the results as JUnit XML")
     options = parser.parse_args(argv)
+    if missing := set(options.device or ()) - set(dispatch.device_types()):
+        parser.error(f"no {', '.join(sorted(missing))} device here; there is {', '.join(dispatch.device_types())}")
     checks = list(testing.gradchecks(options.device, options.backend))
     results = []
     for done in testing.run_gradchecks(checks):

@@ -25,10 +25,15 @@ def transforms_active() -> bool:
     return _peek_functorch() is not None or fwAD._current_level >= 0
 
 
+def resolve(t: Tensor) -> Tensor:
+    """``t`` with its values in memory, where ``z.conj().imag`` lacks its sign and a ZeroTensor everything."""
+    return t.clone() if t._is_zerotensor() else t.resolve_neg()
+
+
 def as_rows(t: Tensor, n: int) -> Tensor:
     """``t`` as the kernels take it: contiguous, or 2-D rows of ``n`` at unit stride. Copies only if no view will do."""
-    if t.is_neg():  # the minus sign of a view such as ``z.conj().imag`` is not in memory
-        t = t.resolve_neg()
+    if t.is_neg() or t._is_zerotensor():
+        t = resolve(t)
     if t.is_contiguous():
         return t
     try:
@@ -97,17 +102,17 @@ class Ticks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z, target, ignore_index, ce, ticks, backend):
-        loss, lse, q = backend.ticks_forward(z, target, ignore_index, ce, ticks)
-        ctx.save_for_backward(z, target, lse, q)
+        loss, stats = backend.ticks_forward(z, target, ignore_index, ce, ticks)
+        ctx.save_for_backward(z, target, *stats)
         ctx.options = ignore_index, ce, ticks
         ctx.backend = backend
         return loss
 
     @staticmethod
     def backward(ctx, grad):
-        z, target, lse, q = ctx.saved_tensors
+        z, target, *stats = ctx.saved_tensors
         backend = ctx.backend
         if torch.is_grad_enabled() or transforms_active():
             backend = reference
-            _, lse, q = reference.ticks_forward(z, target, *ctx.options)
-        return backend.ticks_backward(grad, z, target, lse, q, *ctx.options), None, None, None, None, None
+            _, stats = reference.ticks_forward(z, target, *ctx.options)
+        return backend.ticks_backward(grad, z, target, stats, *ctx.options), None, None, None, None, None

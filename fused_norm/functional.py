@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import dispatch, reference
-from .autograd import Norm, Ticks, norm_forward, transforms_active
+from .autograd import Norm, Ticks, norm_forward, resolve, transforms_active
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _LOW_PRECISION = frozenset({torch.bfloat16, torch.float16})
 _DTYPES = frozenset({torch.float64, torch.float32}) | _LOW_PRECISION
 _DTYPE_NAMES = "float64, float32, bfloat16 and float16"
 _is_compiling = torch.compiler.is_compiling
+_is_tracing = torch._C._is_tracing
 
 
 def layer_norm(
@@ -95,6 +96,7 @@ def _norm(
     """Both norms: ``public`` is the function the user called, whose place a torch function mode may take."""
     if (
         _is_compiling()
+        or _is_tracing()  # torch.jit.trace: its graph can hold torch's operators alone
         or type(x) not in _PLAIN
         or (weight is not None and type(weight) not in _PLAIN)
         or (bias is not None and type(bias) not in _PLAIN)
@@ -226,7 +228,9 @@ def _checked_params(
 
 def _dense(p: Tensor | None) -> Tensor | None:
     """``p`` as it lies in memory: contiguous, with no minus sign pending."""
-    return p if p is None or (p.is_contiguous() and not p.is_neg()) else p.resolve_neg().contiguous()
+    if p is None or (p.is_contiguous() and not p.is_neg() and not p._is_zerotensor()):
+        return p
+    return resolve(p).contiguous()
 
 
 def ticks_loss(
@@ -278,7 +282,7 @@ def ticks_cross_entropy(
     Raises:
         ValueError: another number of targets than rows, or an unknown reduction.
         IndexError: on a CPU, a target outside [0, V) that is not ``ignore_index``.
-        RuntimeError: other shapes that do not fit, a target of another type, a weight of another shape or device.
+        RuntimeError: other shapes that do not fit, a target of another type, a weight of another shape or dtype.
         NotImplementedError: an option that is not available yet, or class probabilities as target.
     """
     _not_yet(
@@ -287,6 +291,8 @@ def ticks_cross_entropy(
         softcap=softcap,
         inplace_backward=inplace_backward,
     )
+    if isinstance(ticks_weight, Tensor):
+        raise TypeError("ticks_weight is a tensor; it must be a number, which takes no gradient")
     return _ticks(input, target, weight, ignore_index, reduction, 1.0, float(ticks_weight))
 
 
@@ -304,19 +310,21 @@ def _ticks(
     _check_ticks(z, target, weight)
     device_type = z.device.type
     if _autocast_enabled(device_type):
-        z = z if z.dtype == torch.float64 else z.float()
+        z, weight = (t if t is None or t.dtype == torch.float64 else t.float() for t in (z, weight))
+    if weight is not None and weight.dtype != z.dtype:
+        raise RuntimeError(f"weight is {weight.dtype}, input is {z.dtype}: they must have the same dtype")
     classes = z.shape[-1] if z.dim() == 1 else z.shape[1]
     rows = z.unsqueeze(0) if z.dim() == 1 else z if z.dim() == 2 else z.movedim(1, -1).reshape(-1, classes)
     flat = target.reshape(-1).long()
     keep = flat != ignore_index
-    if z.is_cpu and not _is_compiling() and not transforms_active():
+    if z.is_cpu and type(z) in _PLAIN and not _is_compiling() and not _is_tracing() and not transforms_active():
         bad = keep & ((flat < 0) | (flat >= classes))
         if bad.any():
             raise IndexError(f"target {flat[bad][0].item()} is out of range for {classes} classes")
 
     if classes == 0 or flat.numel() == 0:
         loss = rows.sum(1) * 0  # nothing to read, but still connected to the graph
-    elif _is_compiling() or transforms_active():
+    elif _is_compiling() or _is_tracing() or transforms_active():
         loss = reference.ticks_forward(rows, flat, ignore_index, ce, ticks)[0]
     else:
         backend = dispatch.select("ticks", device_type) or reference  # torch has no such function: eager operations
@@ -340,12 +348,14 @@ def _check_ticks(z: Tensor, target: Tensor, weight: Tensor | None) -> None:
         raise RuntimeError(
             f"input has shape (), target has shape {tuple(target.shape)}: input needs a dimension of classes"
         )
-    if target.is_floating_point() and target.shape == z.shape:
-        raise NotImplementedError("class probabilities as target are not available yet; target must hold class indices")
+    if target.shape == z.shape:  # so F.cross_entropy tells class probabilities from indices
+        if target.is_floating_point():
+            raise NotImplementedError("class probabilities as target are not available yet; it must hold class indices")
+        raise RuntimeError(f"target is {target.dtype} and has input's shape {tuple(z.shape)}: expected class indices")
     given, expected = tuple(target.shape), () if z.dim() == 1 else (z.shape[0], *z.shape[2:])
     if given != expected and not (z.dim() == 1 and given == (1,)):
         message = f"target has shape {given}, but input of shape {tuple(z.shape)} needs {expected}"
-        batch_differs = len(given) > 0 and given[0] != (1 if z.dim() == 1 else z.shape[0])
+        batch_differs = given[:1] != (1 if z.dim() == 1 else z.shape[0],)
         raise ValueError(message) if batch_differs else RuntimeError(message)
     if target.dtype not in (torch.int64, torch.uint8):
         raise RuntimeError(f"target is {target.dtype}; it must hold class indices, as torch.int64")
@@ -354,6 +364,8 @@ def _check_ticks(z: Tensor, target: Tensor, weight: Tensor | None) -> None:
     if target.device != z.device:
         raise RuntimeError(f"target is on device {target.device}, input is on {z.device}")
     if weight is not None:
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"weight must be a tensor, not {type(weight).__name__}")
         classes = z.shape[-1] if z.dim() == 1 else z.shape[1]
         if tuple(weight.shape) != (classes,):
             raise RuntimeError(f"weight has shape {tuple(weight.shape)}, but there are {classes} classes")

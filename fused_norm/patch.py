@@ -33,6 +33,8 @@ class PatchReport:
 def _reason_left(module: nn.Module) -> str | None:
     """Why ``module``, which looks like a norm, is not swapped; None if it does not look like one."""
     cls = type(module)
+    if getattr(module, "original_name", None) in {base.__name__ for base in _SWAPS}:
+        return f"{module.original_name} is compiled by TorchScript"
     if cls in _SWAPS.values():
         return f"{cls.__name__} is fused already"
     for base in _SWAPS:
@@ -72,7 +74,8 @@ def unpatch(model: nn.Module) -> list[str]:
     """Give back their class to the modules that :func:`patch` swapped. Fused modules that a user built are left.
 
     Returns:
-        The names of the modules whose class was given back.
+        The names of the modules whose class was given back. One whose class was changed after :func:`patch` (by
+        ``parametrize`` or FSDP2, say) keeps it: undo that first.
 
     Raises:
         TypeError: if ``model`` is not a module.
@@ -81,8 +84,7 @@ def unpatch(model: nn.Module) -> list[str]:
         raise TypeError(f"unpatch takes a torch.nn.Module, not {type(model).__name__}")
     given_back = []
     for name, module in model.named_modules():
-        original = module.__dict__.pop(_ORIGINAL, None)
-        if original is not None:
-            module.__class__ = original
+        if type(module) in _SWAPS.values() and _ORIGINAL in module.__dict__:
+            module.__class__ = module.__dict__.pop(_ORIGINAL)
             given_back.append(name or "(the model itself)")
     return given_back

@@ -94,32 +94,50 @@ def norm_backward(
 
 def ticks_forward(
     z: Tensor, target: Tensor, ignore_index: int, ce: float, ticks: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-row loss ``ce*(-log p) + ticks*(p - log p)`` of logits (M, V) with targets (M,): (loss, lse, q), each (M,).
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Per-row loss ``ce*(-log p) + ticks*(p - log p)`` of logits (M, V) with targets (M,).
 
-    The target is kept out of the sum of exponentials, so that ``q = 1 - p`` keeps its accuracy as p nears 1. Rows whose
-    target is ``ignore_index`` have loss 0.
+    Returns the loss (M,) and what backward needs, each (M,): the row's largest logit, ``total = sum exp(z - largest)``
+    and ``q = 1 - p``. The two are not merged into an lse, whose rounding would grow with the logits' offset. The target
+    is kept out of the sum that gives q, which so keeps its accuracy as p nears 1. Rows whose target is ``ignore_index``
+    count for nothing, whatever they hold.
     """
-    zf = _acc(z)
     keep = target != ignore_index
+    zf = torch.where(keep.unsqueeze(1), _acc(z), 0)
     t = torch.where(keep, target, 0).unsqueeze(1)
-    largest = zf.detach().amax(1, keepdim=True)  # everything below is the same whatever is subtracted
-    z_t = (zf.gather(1, t) - largest).squeeze(1)
-    others = (zf - largest).scatter(1, t, float("-inf")).exp().sum(1)
+    largest = zf.detach().amax(1)  # everything below is the same whatever is subtracted
+    shifted = zf - largest.unsqueeze(1)
+    z_t = shifted.gather(1, t).squeeze(1)
+    others = shifted.scatter(1, t, float("-inf")).exp().sum(1)
     total = others + z_t.exp()
     q = others / total
     # Each form of -log p where it is exact: near p = 1 by q, elsewhere by the logits. (log1p is kept off q = 1.)
     nll = torch.where(q < 0.5, -torch.log1p(-torch.where(q < 0.5, q, 0)), total.log() - z_t)
-    loss = (ce + ticks) * nll + ticks * (1 - q)
-    return torch.where(keep, loss, 0), total.log() + largest.squeeze(1), q
+    terms = []
+    if ce:
+        terms.append(ce * nll)
+    if ticks:
+        # p - log p = 1 + (nll - q), whose derivative in q would cancel near q = 0: there by its series.
+        series = q * q * (1 / 2 + q * (1 / 3 + q * (1 / 4 + q * (1 / 5 + q / 6))))
+        small = 1e-3 if q.dtype == torch.float64 else 1 / 32
+        terms.append(ticks * (1 + torch.where(q < small, series, nll - q)))
+    loss = torch.where(keep, sum(terms, torch.zeros_like(q)), 0)
+    return loss, (largest, total, q)
 
 
 def ticks_backward(
-    grad: Tensor, z: Tensor, target: Tensor, lse: Tensor, q: Tensor, ignore_index: int, ce: float, ticks: float
+    grad: Tensor,
+    z: Tensor,
+    target: Tensor,
+    stats: tuple[Tensor, Tensor, Tensor],
+    ignore_index: int,
+    ce: float,
+    ticks: float,
 ) -> Tensor:
     """dL/dz for the upstream gradient ``grad`` (M,) of the loss: ``(ce + ticks*q) * (p_k, or -q at the target)``."""
+    largest, total, q = (s.unsqueeze(1) for s in stats)
     keep = (target != ignore_index).unsqueeze(1)
     t = torch.where(keep, target.unsqueeze(1), 0)
-    direction = torch.exp(_acc(z) - lse.unsqueeze(1)).scatter(1, t, -q.unsqueeze(1))
-    dz = direction * (_acc(grad) * (ce + ticks * q)).unsqueeze(1)
+    p = torch.exp(torch.where(keep, _acc(z), 0) - largest) / total
+    dz = p.scatter(1, t, -q) * (_acc(grad).unsqueeze(1) * (ce + ticks * q))
     return torch.where(keep, dz, 0).to(z.dtype)

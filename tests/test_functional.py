@@ -1050,3 +1050,19 @@ def test_functions_pickle_and_have_documentation() -> None:
         assert function.__doc__ and has_bias(op, "bias") == (
             "bias" in function.__code__.co_varnames[: function.__code__.co_argcount]
         )
+
+
+@pytest.mark.parametrize("freed", ["x", "weight", "bias", "x before backward"])
+def test_a_freed_storage_raises(freed: str, place) -> None:
+    """FSDP frees parameters between uses. Reading them must raise, not fault, and not count as having none."""
+    x = torch.randn(6, 8, device=place.device, requires_grad=True)
+    weight, bias = torch.full((8,), 3.0, device=place.device), torch.ones(8, device=place.device)
+    if freed == "x before backward":
+        y = FF.layer_norm(x, (8,), weight, bias)
+        x.untyped_storage().resize_(0)
+        with pytest.raises(RuntimeError):
+            torch.autograd.grad(y, x, torch.randn(6, 8, device=place.device))
+    else:
+        {"x": x, "weight": weight, "bias": bias}[freed].untyped_storage().resize_(0)
+        with pytest.raises(RuntimeError):
+            FF.layer_norm(x, (8,), weight, bias)

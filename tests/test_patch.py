@@ -342,3 +342,24 @@ def test_bert_parameters_without_weight_decay(bert) -> None:
     patched = copy.deepcopy(bert)
     fused_norm.patch(patched)
     assert get_parameter_names(patched, [nn.LayerNorm]) == get_parameter_names(bert, [nn.LayerNorm])
+
+
+def test_a_class_changed_after_patch_stays() -> None:
+    """parametrize (and FSDP2) swap the class too: giving back another under it would lose the parameter."""
+    model = nn.Sequential(nn.LayerNorm(8))
+    fused_norm.patch(model)
+    torch.nn.utils.parametrize.register_parametrization(model[0], "weight", nn.Identity())
+    assert fused_norm.unpatch(model) == []
+    model(torch.randn(2, 8))
+    torch.nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+    assert fused_norm.unpatch(model) == ["0"] and type(model[0]) is nn.LayerNorm
+
+
+def test_a_patched_model_can_be_traced() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    x = torch.randn(3, 8)
+    expected = model(x)
+    fused_norm.patch(model)
+    traced = torch.jit.trace(model, torch.randn(2, 8))
+    assert "fused_norm::" not in str(traced.inlined_graph)  # it runs where this package is not
+    torch.testing.assert_close(traced(x), expected)

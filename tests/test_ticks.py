@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fused_norm
 import fused_norm.functional as FF
+from fused_norm.testing import relative_error
 
 REDUCTIONS = ("none", "sum", "mean")
 IGNORE = -100
@@ -611,3 +612,53 @@ def test_target_out_of_range_on_cuda_reads_nothing_out_of_bounds(loss, ce, ticks
     theirs = leaf(z)
     _truth(theirs[keep], target[keep], ce, ticks, reduction="sum").backward()
     torch.testing.assert_close(z.grad[keep], theirs.grad[keep], rtol=1e-5, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------- what a review once found wrong
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0, 1e4, 1e30])
+def test_an_offset_of_the_logits_costs_no_digits(offset: float) -> None:
+    z, target = (torch.randn(64, 1000) * 2 + offset).requires_grad_(), torch.randint(1000, (64,))
+    truth = leaf(z.detach().double())
+    (exact,) = torch.autograd.grad(F.cross_entropy(truth, target), truth)
+    (theirs,) = torch.autograd.grad(F.cross_entropy(z, target), z)
+    (ours,) = torch.autograd.grad(FF.ticks_cross_entropy(z, target, ticks_weight=0.0), z)
+    assert relative_error(ours, exact) <= max(1.5 * relative_error(theirs, exact), 5e-8)
+
+
+def _eager(function, z: Tensor) -> Tensor:
+    z = leaf(z)
+    return torch.autograd.grad(function(z), z)[0]
+
+
+def _double(function, z: Tensor) -> Tensor:
+    z = leaf(z)
+    (first,) = torch.autograd.grad(function(z), z, create_graph=True)
+    return torch.autograd.grad(first.square().sum(), z)[0]
+
+
+MODES = {
+    "eager": _eager,
+    "double": _double,
+    "func": lambda function, z: torch.func.grad(function)(z),
+    "compiled": lambda function, z: _eager(torch.compile(function, backend="aot_eager", fullgraph=True), z),
+}
+
+
+@losses
+@pytest.mark.parametrize("mode", MODES)
+def test_nan_in_an_ignored_row_reaches_no_gradient(loss, ce, ticks, mode: str) -> None:
+    z, target = torch.randn(3, 5), torch.tensor([1, IGNORE, 2])
+    z[1] = float("nan")
+    gradient = MODES[mode](lambda z: loss(z, target), z)
+    assert torch.equal(gradient[1], torch.zeros(5)) and gradient.isfinite().all() and gradient[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("mode", ["eager", "func", "compiled"])
+@pytest.mark.parametrize("z_t", [2.0, 5.0, 10.0, 16.0, 20.0, 30.0])
+def test_gradient_of_a_token_predicted_well(z_t: float, mode: str) -> None:
+    z, target = torch.tensor([[z_t, 0.0, 0.0, 0.0]]), torch.tensor([0])
+    q = 3 / (3 + torch.tensor(z_t, dtype=torch.float64).exp())
+    gradient = MODES[mode](lambda z: FF.ticks_loss(z, target), z)
+    torch.testing.assert_close(gradient[0, 0].double(), -q * q, rtol=5e-6, atol=0)

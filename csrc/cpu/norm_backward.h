@@ -20,7 +20,7 @@ struct RowSums {
 // sum(g) and sum(g*(x - mean)) over one row, accumulated as in sum_row (norm_forward.h).
 //
 // The lines of `dx`, which the second sweep will write, are asked for meanwhile: a store to a line that is not in cache must fetch it
-// first, and there the wait would be for memory (1.2 times the speed in fp32 for rows of a few KB).
+// first, and there the wait would be for memory.
 template <typename T, typename W, bool Rms, bool HasWeight, typename A = Acc<T>>
 FUSED_NORM_NOINLINE RowSums<A> backward_sums(const T* dy, const T* x, const T* dx, const W* weight, A mean, int64_t n, const Tail<A>& tail) {
   using V = Vec<A>;

@@ -59,6 +59,14 @@ void* current_stream(int32_t device) {
   return stream;
 }
 
+// Where t's elements lie. A tensor whose storage has been freed has a size and no data: reading it would fault, and for weight and bias a
+// null pointer means that there is none.
+const void* data_of(const Tensor& t, const char* name) {
+  const void* const data = t.const_data_ptr();
+  STD_TORCH_CHECK(data != nullptr, "norm_forward: ", name, " has shape ", text(t.sizes()), " and no storage: its memory has been freed");
+  return data;
+}
+
 // Whether `p`, weight or bias, holds one set of parameters per group rather than a shared one.
 bool check_param(const Tensor& p, const char* name, const Tensor& x, int64_t n, int64_t groups) {
   STD_TORCH_CHECK(p.is_cuda() && p.get_device_index() == x.get_device_index(), "norm_forward: ", name, " is on ",
@@ -110,9 +118,9 @@ std::tuple<Tensor, Tensor> norm_forward(const Tensor& x, const std::optional<Ten
   Tensor stats = torch::stable::new_empty(x, stats_shape, dtype == fused_norm::DType::kFloat64 ? ScalarType::Double : ScalarType::Float);
 
   fused_norm::NormForward args{};
-  args.x = x.const_data_ptr();
-  args.weight = weight ? weight->const_data_ptr() : nullptr;
-  args.bias = bias ? bias->const_data_ptr() : nullptr;
+  args.x = data_of(x, "x");
+  args.weight = weight ? data_of(*weight, "weight") : nullptr;
+  args.bias = bias ? data_of(*bias, "bias") : nullptr;
   args.y = y.mutable_data_ptr();
   args.stats = need_stats ? stats.mutable_data_ptr() : nullptr;
   args.rows = rows;

@@ -86,6 +86,13 @@ def _affine(xhat, weight_ptr, bias_ptr, cols, col_ok, ACC: tl.constexpr):
     return y
 
 
+def _check_storage(**tensors: Tensor | None) -> None:
+    """Raise for a tensor whose storage has been freed (as FSDP does between uses): a kernel would read address 0."""
+    for name, t in tensors.items():
+        if t is not None and t.data_ptr() == 0:
+            raise RuntimeError(f"{name} has shape {tuple(t.shape)} and no storage: its memory has been freed")
+
+
 # -------------------------------------------------------------------------------------------------------------- forward
 
 _FORWARD_INTEGERS = ["eps_bits", "total_rows", "rows", "tiles", "n", "x_stride", "weight_stride", "bias_stride"]
@@ -246,6 +253,7 @@ def norm_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, n: int, groups: int, eps: float, rms: bool, need_stats: bool
 ) -> tuple[Tensor, Tensor]:
     """y and the row statistics, in one launch. See :mod:`fused_norm.backends`."""
+    _check_storage(x=x, weight=weight, bias=bias)
     total_rows = x.numel() // n
     fp64 = x.dtype == torch.float64
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -528,6 +536,7 @@ def norm_backward(
     """dx, dw and db (None where not needed), in at most two launches. See :mod:`fused_norm.backends`."""
     if not (need_dx or need_dw or need_db):
         return None, None, None
+    _check_storage(dy=dy, x=x, stats=stats, weight=weight)
     total_rows = x.numel() // n
     rows = total_rows // groups
     fp64 = x.dtype == torch.float64
