@@ -99,8 +99,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Context manager: calls inside run on backend ``name``, in this thread (or asyncio task) alone.
 
     Calls that no backend of ours serves (under ``torch.compile`` or ``torch.jit.trace``, on tensor subclasses) go to
-    torch's own function all the same. With activation checkpointing, which recomputes forward during backward, choose by
-    ``FUSED_NORM_BACKEND``.
+    torch's own function all the same. With activation checkpointing, which recomputes forward during backward, choose
+    by ``FUSED_NORM_BACKEND``.
 
     Args:
         name: ``"auto"``, ``"triton"``, ``"native"``, ``"torch"`` or ``"reference"``. Backward runs on the backend that
