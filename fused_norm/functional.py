@@ -118,7 +118,7 @@ def _norm(
     if device_type != "cpu" and _autocast_enabled(device_type):
         x, weight, bias = (t.float() if t is not None and t.dtype in _LOW_PRECISION else t for t in (x, weight, bias))
     if weight is not None or bias is not None:
-        weight, bias = _checked_params(rms, x, n, shape, weight, bias)
+        weight, bias = _checked_params(rms, x, shape, weight, bias)
 
     if transforms_active():
         return _transformed_norm(rms, x, shape, weight, bias, n, eps)
@@ -196,7 +196,7 @@ def _row_length(rms: bool, x: Tensor, shape: Sequence[int], weight: Tensor | Non
 
 
 def _checked_params(
-    rms: bool, x: Tensor, n: int, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None
+    rms: bool, x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Weight and bias as the kernels take them: contiguous, of x's dtype or fp32. Raises where torch raises."""
     for name, p in (("weight", weight), ("bias", bias)):
