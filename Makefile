@@ -17,7 +17,10 @@ $(VENV)/bin/python:
 
 $(VENV)/.ready: $(SOURCES) | $(VENV)/bin/python
 	$(PY) -m pip install -q $(TORCH)
-	$(PY) -m pip install -q --no-build-isolation -e ".[triton,test,bench,examples,lint]"
+# editable_mode=compat puts this folder on the path and nothing else. The default's import hook would lend our built
+# extension to any other fused_norm that a test installs.
+	$(PY) -m pip install -q --no-build-isolation --config-settings editable_mode=compat \
+		-e ".[triton,test,bench,examples,lint]"
 	touch $@
 
 $(VENV)/.model: | $(VENV)/.ready
