@@ -92,6 +92,56 @@ def norm_backward(
     return dx, dw, db
 
 
+def norm_double_backward(
+    ddx: Tensor | None,
+    ddw: Tensor | None,
+    ddb: Tensor | None,
+    dy: Tensor | None,
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    n: int,
+    groups: int,
+    rms: bool,
+    param_dtype: torch.dtype,
+    need_ddy: bool,
+    need_dx: bool,
+    need_dw: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    rstd = stats[0].reshape(groups, -1, 1)
+    xhat = _xhat(_acc(x).reshape(groups, -1, n), rstd, None if rms else stats[1].reshape(groups, -1, 1))
+
+    def mean(t: Tensor) -> Tensor:
+        return t.sum(-1, keepdim=True) / n
+
+    def centred(t: Tensor) -> Tensor:
+        return t if rms else t - mean(t)
+
+    u = torch.zeros_like(xhat) if ddx is None else _acc(ddx).reshape(groups, -1, n)
+    a = mean(u * xhat)
+    p = centred(u) - xhat * a
+    grad_dy = grad_x = grad_w = None
+    if need_ddy:
+        grad_dy = rstd * p if weight is None else rstd * p * _per_group(weight, n)
+        if ddw is not None:
+            grad_dy = grad_dy + xhat * _per_group(ddw, n)
+        if ddb is not None:
+            grad_dy = grad_dy + _per_group(ddb, n)
+        grad_dy = grad_dy.to(x.dtype).reshape(x.shape)
+    if need_dx or need_dw:
+        dyf = _acc(dy).reshape(groups, -1, n)
+    if need_dx:
+        g = dyf if weight is None else dyf * _per_group(weight, n)
+        t = -rstd * (mean(g * xhat) * u + a * g)
+        if ddw is not None:
+            t = t + dyf * _per_group(ddw, n)
+        grad_x = rstd * (centred(t) - xhat * (mean(t * xhat) + rstd * mean(p * g)))
+        grad_x = grad_x.to(x.dtype).reshape(x.shape)
+    if need_dw:
+        grad_w = (dyf * (rstd * p)).sum(1).to(param_dtype)
+    return grad_dy, grad_x, grad_w
+
+
 def ticks_forward(
     z: Tensor, target: Tensor, ignore_index: int, ce: float, ticks: float
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
