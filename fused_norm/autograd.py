@@ -1,13 +1,19 @@
 """The ``torch.autograd.Function`` wrappers: what torch's autograd sees of the kernels.
 
-Where backward must itself be differentiable (``create_graph=True``) or runs under a transform
-(``is_grads_batched=True``), it takes the reference's explicit formulas, which are ordinary differentiable operations,
-so derivatives of any order are right. Under a transform forward does not come here at all: ``functional`` takes
-torch's own function.
+Three functions, each the derivative of the one before: :class:`Norm`, :class:`NormBackward`, :class:`NormDoubleBackward`.
+Each runs one kernel of the backend, and each has a rule for reverse mode, forward mode (``jvp``) and ``vmap``; so
+double backward, forward over reverse, Hessians and per-sample gradients run on kernels too. Derivatives beyond the
+second take the reference's explicit formulas. The mathematics is in docs/math.md.
+
+``vmap`` folds its batch into the rows: a tensor of rows gains a leading dimension, and parameters that differ from one
+example to the next become groups (:mod:`fused_norm.backends`). How many groups there are is read from sizes: a
+parameter has ``n`` elements for each.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -43,6 +49,61 @@ def as_rows(t: Tensor, n: int) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
+def dense(p: Tensor | None) -> Tensor | None:
+    """A parameter as the kernels take it: contiguous, with no minus sign pending."""
+    if p is None or (p.is_contiguous() and not p.is_neg() and not p._is_zerotensor()):
+        return p
+    return resolve(p).contiguous()
+
+
+def _groups(p: Tensor | None, n: int) -> int:
+    return 1 if p is None else p.numel() // n
+
+
+def _spread(p: Tensor | None, n: int, groups: int) -> Tensor | None:
+    """A parameter of fewer groups than there are, each of which holds for several in a row; one for all stays."""
+    if p is None or p.numel() in (n, groups * n):
+        return p
+    return p.reshape(-1, 1, n).expand(-1, groups * n // p.numel(), n).reshape(groups, n)
+
+
+def _shaped_like(result: Tensor, x: Tensor) -> Tensor:
+    # Not a view of the kernel's output in autograd's eyes: users may write over it.
+    return result if result.dim() == x.dim() else _reshape_fresh(result, x.shape)
+
+
+class _Function(torch.autograd.Function):
+    """A Function with rules for every transform."""
+
+    @classmethod
+    def call(cls, *args):
+        """``apply`` without what it spends on binding the arguments to forward's signature, outside torch.func."""
+        if _peek_functorch() is None:
+            return super(torch.autograd.Function, cls).apply(*args)
+        return cls.apply(*args)
+
+
+def _jvp_rule(rule: Callable) -> staticmethod:
+    """A jvp of (ctx, the saved tensors, tangents) that an enclosing torch.func.jvp can differentiate once more.
+
+    torch turns forward mode off while a rule runs, for the enclosing levels too, which would see zero tangents without
+    a word. So it is turned on again, and this level's own tangents are taken off the saved tensors.
+    """
+
+    @functools.wraps(rule)
+    def jvp(ctx, *tangents):
+        if _peek_functorch() is None:
+            return rule(ctx, ctx.saved_tensors, *tangents)
+        saved = [None if t is None else fwAD.unpack_dual(t).primal for t in ctx.saved_tensors]
+        with fwAD._set_fwd_grad_enabled(True):
+            return rule(ctx, saved, *tangents)
+
+    return staticmethod(jvp)
+
+
+# --------------------------------------------------------------------------------------------------- running the kernels
+
+
 def norm_forward(
     x: Tensor,
     weight: Tensor | None,
@@ -54,47 +115,333 @@ def norm_forward(
     need_stats: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run the backend's forward on ``x`` of any layout; the output is contiguous with x's shape."""
-    y, stats = backend.norm_forward(as_rows(x, n), weight, bias, n, 1, eps, rms, need_stats)
-    if y.dim() != x.dim():
-        # Not a view of the kernel's output in autograd's eyes: users may write over it.
-        y = _reshape_fresh(y, x.shape)
-    return y, stats
+    groups = 1
+    if (weight is not None and weight.numel() != n) or (bias is not None and bias.numel() != n):
+        groups = max(_groups(weight, n), _groups(bias, n))
+        weight, bias = _spread(weight, n, groups), _spread(bias, n, groups)
+    y, stats = backend.norm_forward(as_rows(x, n), weight, bias, n, groups, eps, rms, need_stats)
+    return _shaped_like(y, x), stats
 
 
-class Norm(torch.autograd.Function):
-    """layer_norm (``rms=False``) or rms_norm over rows of ``n`` elements; ``weight``, ``bias`` contiguous or None."""
+def _norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    n: int,
+    rms: bool,
+    param_dtype: torch.dtype,
+    need_dx: bool,
+    dw_groups: int,
+    db_groups: int,
+    backend: ModuleType,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Run the backend's backward. ``dw_groups`` and ``db_groups`` are the numbers of rows of dw and db, 0 for none."""
+    groups = max(_groups(weight, n), dw_groups, db_groups)
+    rows, dy, weight = as_rows(x, n), as_rows(dy, n), _spread(weight, n, groups)
+    dx, dw, db = backend.norm_backward(
+        dy, rows, stats, weight, n, groups, rms, param_dtype, need_dx, dw_groups == groups, db_groups == groups
+    )
+    # A parameter of fewer groups than another needs its own sum over the rows.
+    if 0 < dw_groups < groups:
+        _, dw, _ = backend.norm_backward(dy, rows, stats, None, n, dw_groups, rms, param_dtype, False, True, False)
+    if 0 < db_groups < groups:
+        _, _, db = backend.norm_backward(dy, rows, stats, None, n, db_groups, rms, param_dtype, False, False, True)
+    return _shaped_like(dx, x) if need_dx else None, dw if dw_groups else None, db if db_groups else None
 
-    @staticmethod
-    def forward(ctx, x, weight, bias, n, eps, rms, backend):
-        y, stats = norm_forward(x, weight, bias, n, eps, rms, backend, need_stats=True)
-        ctx.save_for_backward(x, weight, stats)
-        ctx.n, ctx.eps, ctx.rms = n, eps, rms
-        ctx.backend = backend  # use_backend is not in force when backward runs, and may not be in its thread
-        ctx.bias_like = None if bias is None else (bias.dtype, bias.shape)
-        return y
 
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight, stats = ctx.saved_tensors
-        n, rms, backend = ctx.n, ctx.rms, ctx.backend
-        need_dx, need_dw, need_db = ctx.needs_input_grad[:3]
-        param_dtype = weight.dtype if weight is not None else ctx.bias_like[0] if ctx.bias_like else x.dtype
-        x_shape = x.shape
-        if torch.is_grad_enabled() or transforms_active():
-            backend = reference
-            _, stats = reference.norm_forward(x, None, None, n, 1, ctx.eps, rms, True)
-        else:
-            dy, x = as_rows(dy, n), as_rows(x, n)
-        dx, dw, db = backend.norm_backward(dy, x, stats, weight, n, 1, rms, param_dtype, need_dx, need_dw, need_db)
-        return (
-            (dx if dx.shape == x_shape else dx.view(x_shape)) if need_dx else None,
-            dw.view(weight.shape) if need_dw else None,
-            db.view(ctx.bias_like[1]) if need_db else None,
-            None,
-            None,
-            None,
-            None,
+def _norm_double_backward(
+    ddx: Tensor | None,
+    ddw: Tensor | None,
+    ddb: Tensor | None,
+    dy: Tensor | None,
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    n: int,
+    rms: bool,
+    param_dtype: torch.dtype,
+    need_ddy: bool,
+    need_dx: bool,
+    dw_groups: int,
+    backend: ModuleType,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Run the backend's double backward. ``dw_groups`` is the number of rows of grad_w, 0 for none."""
+    groups = max(*(_groups(p, n) for p in (weight, ddw, ddb)), dw_groups)
+    rows, weight, ddw, ddb = as_rows(x, n), *(_spread(dense(p), n, groups) for p in (weight, ddw, ddb))
+    ddx, dy = (None if t is None else as_rows(t, n) for t in (ddx, dy))
+    grad_dy, grad_x, grad_w = backend.norm_double_backward(
+        *(ddx, ddw, ddb, dy, rows, stats, weight, n, groups, rms, param_dtype),
+        *(need_ddy, need_dx, dw_groups == groups),
+    )
+    if 0 < dw_groups < groups:
+        _, _, grad_w = backend.norm_double_backward(
+            *(ddx, None, None, dy, rows, stats, None, n, dw_groups, rms, param_dtype, False, False, True)
         )
+    return (
+        _shaped_like(grad_dy, x) if need_ddy else None,
+        _shaped_like(grad_x, x) if need_dx else None,
+        grad_w if dw_groups else None,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- vmap's fold
+
+
+def _fold_rows(t: Tensor | None, dim: int | None, batch: int) -> Tensor | None:
+    """A tensor of rows with vmap's batch in front."""
+    if t is None:
+        return None
+    return t.expand(batch, *t.shape) if dim is None else t.movedim(dim, 0)
+
+
+def _fold_stats(stats: Tensor, dim: int | None, batch: int) -> Tensor:
+    """(k, M) statistics of each example as (k, batch * M)."""
+    stats = stats.unsqueeze(1).expand(-1, batch, -1) if dim is None else stats.movedim(dim, 1)
+    return stats.reshape(stats.shape[0], -1)
+
+
+def _unfold_stats(stats: Tensor, batch: int) -> Tensor:
+    return stats.view(stats.shape[0], batch, -1)
+
+
+def _fold_param(p: Tensor | None, dim: int | None, batch: int, n: int) -> Tensor | None:
+    """A parameter with the batch as groups. One that all rows share stays as it is."""
+    if p is None or (dim is None and p.numel() == n):
+        return p
+    return _fold_rows(p, dim, batch).contiguous()
+
+
+def _unfold_param(p: Tensor | None, batch: int) -> Tensor | None:
+    return None if p is None else p.view(batch, -1, p.shape[1])
+
+
+def _out_dims(results: tuple[Tensor | None, ...]) -> tuple[int | None, ...]:
+    return tuple(None if r is None else 0 for r in results)
+
+
+# -------------------------------------------------------------------------------------------------------- the functions
+
+
+class Norm(_Function):
+    """layer_norm (``rms=False``) or rms_norm over rows of ``n`` elements: (y, stats).
+
+    ``weight`` and ``bias`` are None or contiguous with n elements, or n for each group of rows.
+    """
+
+    @staticmethod
+    def forward(x, weight, bias, n, eps, rms, backend):
+        return norm_forward(x, weight, bias, n, eps, rms, backend, need_stats=True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, ctx.n, ctx.eps, ctx.rms, ctx.backend = inputs
+        stats = output[1]
+        ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, stats)
+        if transforms_active():
+            ctx.save_for_forward(x, weight, stats)
+        ctx.bias_like = None if bias is None else (bias.dtype, bias.shape)
+
+    @staticmethod
+    def backward(ctx, dy, _):
+        if dy is None:
+            return (None,) * 7
+        x, weight, stats = ctx.saved_tensors
+        n, bias_like = ctx.n, ctx.bias_like
+        need_dx, need_dw, need_db = ctx.needs_input_grad[:3]
+        param_dtype = weight.dtype if weight is not None else bias_like[0] if bias_like else x.dtype
+        dw_groups = weight.numel() // n if need_dw else 0
+        db_groups = bias_like[1].numel() // n if need_db else 0
+        if torch.is_grad_enabled() or transforms_active():
+            dx, dw, db = NormBackward.call(
+                dy, x, stats, weight, n, ctx.eps, ctx.rms, param_dtype, need_dx, dw_groups, db_groups, ctx.backend
+            )
+        else:
+            dx, dw, db = _norm_backward(
+                dy, x, stats, weight, n, ctx.rms, param_dtype, need_dx, dw_groups, db_groups, ctx.backend
+            )
+        if need_dw:
+            dw = dw.view(weight.shape)
+        if need_db:
+            db = db.view(bias_like[1])
+        return dx, dw, db, None, None, None, None
+
+    @_jvp_rule
+    def jvp(ctx, saved, dx, dw, db, *_):
+        x, weight, stats = saved
+        param = next((p for p in (weight, dw, db) if p is not None), x)
+        dy, _, _ = NormDoubleBackward.call(
+            *(dx, dw, db, None, x, stats, weight, ctx.n, ctx.eps, ctx.rms, param.dtype, True, False, 0, ctx.backend)
+        )
+        return dy, None
+
+    @staticmethod
+    def vmap(info, in_dims, x, weight, bias, n, eps, rms, backend):
+        batch = info.batch_size
+        x = _fold_rows(x, in_dims[0], batch)
+        weight, bias = (_fold_param(p, d, batch, n) for p, d in zip((weight, bias), in_dims[1:3], strict=True))
+        y, stats = Norm.call(x, weight, bias, n, eps, rms, backend)
+        return (y, _unfold_stats(stats, batch)), (0, 1)
+
+
+class NormBackward(_Function):
+    """(dx, dw, db) of :class:`Norm`; dw and db are (groups, n), and what is not needed is None.
+
+    It is differentiable in dy, x and weight; ``stats`` follows from x and is taken care of in x's derivative.
+    """
+
+    @staticmethod
+    def forward(dy, x, stats, weight, n, eps, rms, param_dtype, need_dx, dw_groups, db_groups, backend):
+        return _norm_backward(dy, x, stats, weight, n, rms, param_dtype, need_dx, dw_groups, db_groups, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        dy, x, stats, weight, *ctx.options = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(dy, x, stats, weight)
+        if transforms_active():
+            ctx.save_for_forward(dy, x, stats, weight)
+
+    @staticmethod
+    def backward(ctx, ddx, ddw, ddb):
+        dy, x, stats, weight = ctx.saved_tensors
+        n, eps, rms, param_dtype, _, _, _, backend = ctx.options
+        need_ddy, need_dx, _, need_dw = ctx.needs_input_grad[:4]
+        if ddx is None and ddw is None and ddb is None:
+            return (None,) * 12
+        dw_groups = weight.numel() // n if need_dw else 0
+        if torch.is_grad_enabled() or transforms_active():
+            grad_dy, grad_x, grad_w = NormDoubleBackward.call(
+                *(ddx, ddw, ddb, dy, x, stats, weight, n, eps, rms, param_dtype),
+                *(need_ddy, need_dx, dw_groups, backend),
+            )
+        else:
+            grad_dy, grad_x, grad_w = _norm_double_backward(
+                ddx, ddw, ddb, dy, x, stats, weight, n, rms, param_dtype, need_ddy, need_dx, dw_groups, backend
+            )
+        return grad_dy, grad_x, None, None if grad_w is None else grad_w.view(weight.shape), *(None,) * 8
+
+    @_jvp_rule
+    def jvp(ctx, saved, ddy, dx, _, dweight, *__):
+        dy, x, stats, weight = saved
+        n, eps, rms, param_dtype, need_dx, dw_groups, db_groups, backend = ctx.options
+        result: list[Tensor | None] = [None, None, None]
+        if dx is not None or dweight is not None:
+            # The Hessian of <dy, y> is symmetric: its product with a direction is that of double backward.
+            _, *result[:2] = NormDoubleBackward.call(
+                *(dx, dweight, None, dy, x, stats, weight, n, eps, rms, param_dtype),
+                *(False, need_dx, dw_groups, backend),
+            )
+        if ddy is not None:
+            linear = NormBackward.call(
+                ddy, x, stats, weight, n, eps, rms, param_dtype, need_dx, dw_groups, db_groups, backend
+            )
+            result = [b if a is None else a if b is None else a + b for a, b in zip(result, linear, strict=True)]
+        elif db_groups:
+            result[2] = x.new_zeros((db_groups, n), dtype=param_dtype)  # forward-mode AD takes no None for an output
+        return tuple(result)
+
+    @staticmethod
+    def vmap(info, in_dims, dy, x, stats, weight, n, eps, rms, param_dtype, need_dx, dw_groups, db_groups, backend):
+        batch = info.batch_size
+        dy, x = _fold_rows(dy, in_dims[0], batch), _fold_rows(x, in_dims[1], batch)
+        stats = _fold_stats(stats, in_dims[2], batch)
+        weight = _fold_param(weight, in_dims[3], batch, n)
+        dx, dw, db = NormBackward.call(
+            *(dy, x, stats, weight, n, eps, rms, param_dtype, need_dx, batch * dw_groups, batch * db_groups, backend)
+        )
+        results = dx, _unfold_param(dw, batch), _unfold_param(db, batch)
+        return results, _out_dims(results)
+
+
+class NormDoubleBackward(_Function):
+    """(grad_dy, grad_x, grad_w): the gradients of :class:`NormBackward`; what is not needed is None.
+
+    ``ddx``, ``ddw``, ``ddb`` reach its results and may be None. With ``need_ddy`` alone, and ``dy`` None, it is the
+    derivative of y in their direction. Its own derivatives are those of the reference's formulas.
+    """
+
+    @staticmethod
+    def forward(ddx, ddw, ddb, dy, x, stats, weight, n, eps, rms, dtype, need_ddy, need_dx, dw_groups, backend):
+        return _norm_double_backward(
+            ddx, ddw, ddb, dy, x, stats, weight, n, rms, dtype, need_ddy, need_dx, dw_groups, backend
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, stats, weight = inputs[:7]
+        ctx.options = inputs[7:]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, weight)
+        if transforms_active():
+            ctx.save_for_forward(*tensors, weight)
+
+    @staticmethod
+    def _formula(ctx, saved):
+        """The saved tensors that there are, their places, and the results as a differentiable function of them.
+
+        ``saved`` are ddx, ddw, ddb, dy, x and weight.
+        """
+        n, eps, rms, dtype, need_ddy, need_dx, dw_groups, _ = ctx.options
+        places = [i for i, t in enumerate(saved) if t is not None]
+
+        def formula(*tensors: Tensor) -> tuple[Tensor, ...]:
+            full: list[Tensor | None] = [None] * len(saved)
+            for i, t in zip(places, tensors, strict=True):
+                full[i] = t
+            *before, x, weight = full
+            _, stats = reference.norm_forward(x, None, None, n, 1, eps, rms, True)
+            results = _norm_double_backward(
+                *(*before, x, stats, weight, n, rms, dtype, need_ddy, need_dx, dw_groups, reference)
+            )
+            return tuple(r for r in results if r is not None)
+
+        return [saved[i] for i in places], places, formula
+
+    @staticmethod
+    def backward(ctx, *grads):
+        tensors, places, formula = NormDoubleBackward._formula(ctx, ctx.saved_tensors)
+        outputs, vjp = torch.func.vjp(formula, *tensors)
+        needed = [ctx.options[4], ctx.options[5], bool(ctx.options[6])]
+        given = iter(outputs)
+        cotangents = []
+        for grad, is_output in zip(grads, needed, strict=True):
+            if is_output:
+                output = next(given)
+                cotangents.append(torch.zeros_like(output) if grad is None else grad.reshape(output.shape))
+        result: list[Tensor | None] = [None] * 15
+        for i, grad in zip(places, vjp(tuple(cotangents)), strict=True):
+            result[i if i < 5 else 6] = grad
+        return tuple(result)
+
+    @_jvp_rule
+    def jvp(ctx, saved, *tangents):
+        tensors, places, formula = NormDoubleBackward._formula(ctx, saved)
+        given = [tangents[i if i < 5 else 6] for i in places]
+        given = [torch.zeros_like(p) if t is None else t for p, t in zip(tensors, given, strict=True)]
+        # Forward mode does not nest here: J v as the derivative of u -> J^T u, which is linear.
+        outputs, vjp = torch.func.vjp(formula, *tensors)
+        _, transposed = torch.func.vjp(vjp, tuple(torch.zeros_like(o) for o in outputs))
+        (result,) = transposed(tuple(given))
+        result = iter(result)
+        needed = [ctx.options[4], ctx.options[5], bool(ctx.options[6])]
+        return tuple(next(result) if is_output else None for is_output in needed)
+
+    @staticmethod
+    def vmap(
+        info, in_dims, ddx, ddw, ddb, dy, x, stats, weight, n, eps, rms, dtype, need_ddy, need_dx, dw_groups, backend
+    ):
+        batch = info.batch_size
+        ddx, dy, x = (_fold_rows(t, in_dims[i], batch) for i, t in ((0, ddx), (3, dy), (4, x)))
+        stats = _fold_stats(stats, in_dims[5], batch)
+        ddw, ddb, weight = (_fold_param(p, in_dims[i], batch, n) for i, p in ((1, ddw), (2, ddb), (6, weight)))
+        grad_dy, grad_x, grad_w = NormDoubleBackward.call(
+            *(ddx, ddw, ddb, dy, x, stats, weight, n, eps, rms, dtype, need_ddy, need_dx, batch * dw_groups, backend)
+        )
+        results = grad_dy, grad_x, _unfold_param(grad_w, batch)
+        return results, _out_dims(results)
 
 
 class Ticks(torch.autograd.Function):

@@ -80,11 +80,6 @@ def _named(name: str, op: str, device_type: str) -> ModuleType | None:
     return _module(name)
 
 
-def chosen() -> str:
-    """The name in force for this thread (or task): ``auto`` unless the user chose another."""
-    return _chosen.get()
-
-
 def select(op: str, device_type: str) -> ModuleType | None:
     """The backend module for ``op`` ("norm" or "ticks") on ``device_type``; None for torch's own function.
 

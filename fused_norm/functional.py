@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import dispatch, reference
-from .autograd import Norm, Ticks, norm_forward, resolve, transforms_active
+from .autograd import Norm, Ticks, dense, norm_forward, transforms_active
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _LOW_PRECISION = frozenset({torch.bfloat16, torch.float16})
@@ -120,15 +120,18 @@ def _norm(
     if weight is not None or bias is not None:
         weight, bias = _checked_params(rms, x, shape, weight, bias)
 
-    if transforms_active():
-        return _transformed_norm(rms, x, shape, weight, bias, n, eps)
     backend = dispatch.select("norm", device_type)
     if backend is None or x.numel() == 0:
         return _torch_norm(rms, x, shape, weight, bias, eps)
-    if torch.is_grad_enabled() and (
-        x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
+    if transforms_active() or (
+        torch.is_grad_enabled()
+        and (
+            x.requires_grad
+            or (weight is not None and weight.requires_grad)
+            or (bias is not None and bias.requires_grad)
+        )
     ):
-        return Norm.apply(x, weight, bias, n, eps, rms, backend)
+        return Norm.call(x, weight, bias, n, eps, rms, backend)[0]
     return norm_forward(x, weight, bias, n, eps, rms, backend)[0]
 
 
@@ -149,19 +152,6 @@ def _torch_norm(rms, x, shape, weight, bias, eps) -> Tensor:
     ):
         return F.layer_norm(x.float(), shape, weight, bias, eps).to(x.dtype)
     return F.layer_norm(x, shape, weight, bias, eps)
-
-
-def _transformed_norm(rms, x, shape, weight, bias, n, eps) -> Tensor:
-    """Under torch.func, vmap or forward-mode AD: by operations that torch can transform."""
-    name = dispatch.chosen()
-    if name in ("auto", "torch"):
-        return _torch_norm(rms, x, shape, weight, bias, eps)
-    if name == "reference":
-        return reference.norm_forward(x, weight, bias, n, 1, eps, rms, False)[0]
-    raise RuntimeError(
-        f"fused_norm backend {name!r} was asked for, but cannot run under a torch.func transform, vmap or"
-        " forward-mode AD; with backend 'auto' torch's own function does"
-    )
 
 
 def _row_length(rms: bool, x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> int | None:
@@ -223,14 +213,7 @@ def _checked_params(
                 f"{name} is {p.dtype}, input is {x.dtype}: parameters must have input's dtype,"
                 " or float32 for bfloat16 and float16"
             )
-    return _dense(weight), _dense(bias)
-
-
-def _dense(p: Tensor | None) -> Tensor | None:
-    """``p`` as it lies in memory: contiguous, with no minus sign pending."""
-    if p is None or (p.is_contiguous() and not p.is_neg() and not p._is_zerotensor()):
-        return p
-    return resolve(p).contiguous()
+    return dense(weight), dense(bias)
 
 
 def ticks_loss(
