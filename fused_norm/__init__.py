@@ -4,12 +4,12 @@ import fused_norm
 import fused_norm.functional as FF
 """
 
+__version__ = "0.1.0"
+
 from . import functional, ops, testing
 from .dispatch import available_backends, use_backend
 from .modules import LayerNorm, RMSNorm, TicksCrossEntropyLoss, TicksLoss
 from .patch import PatchReport, patch, unpatch
-
-__version__ = "0.1.0"
 
 __all__ = [
     "LayerNorm",

@@ -1,9 +1,9 @@
 """The ``torch.autograd.Function`` wrappers: what torch's autograd sees of the kernels.
 
-Three functions, each the derivative of the one before: :class:`Norm`, :class:`NormBackward`, :class:`NormDoubleBackward`.
-Each runs one kernel of the backend, and each has a rule for reverse mode, forward mode (``jvp``) and ``vmap``; so
-double backward, forward over reverse, Hessians and per-sample gradients run on kernels too. Derivatives beyond the
-second take the reference's explicit formulas. The mathematics is in docs/math.md.
+Three functions, each the derivative of the one before: :class:`Norm`, :class:`NormBackward`,
+:class:`NormDoubleBackward`. Each runs one kernel of the backend, and each has a rule for reverse mode, forward mode
+(``jvp``) and ``vmap``; so double backward, forward over reverse, Hessians and per-sample gradients run on kernels too.
+Derivatives beyond the second take the reference's explicit formulas. The mathematics is in docs/math.md.
 
 ``vmap`` folds its batch into the rows: a tensor of rows gains a leading dimension, and parameters that differ from one
 example to the next become groups (:mod:`fused_norm.backends`). How many groups there are is read from sizes: a
@@ -101,7 +101,7 @@ def _jvp_rule(rule: Callable) -> staticmethod:
     return staticmethod(jvp)
 
 
-# --------------------------------------------------------------------------------------------------- running the kernels
+# -------------------------------------------------------------------------------------------------- running the kernels
 
 
 def norm_forward(
@@ -185,7 +185,7 @@ def _norm_double_backward(
     )
 
 
-# ----------------------------------------------------------------------------------------------------------- vmap's fold
+# ---------------------------------------------------------------------------------------------------------- vmap's fold
 
 
 def _fold_rows(t: Tensor | None, dim: int | None, batch: int) -> Tensor | None:
@@ -371,7 +371,7 @@ class NormDoubleBackward(_Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, stats, weight = inputs[:7]
+        *tensors, _stats, weight = inputs[:7]
         ctx.options = inputs[7:]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, weight)

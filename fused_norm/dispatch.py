@@ -18,6 +18,8 @@ from types import ModuleType
 
 import torch
 
+from . import __version__
+
 _MODULES = {
     "triton": "fused_norm.backends.triton",
     "native": "fused_norm.backends.native",
@@ -38,6 +40,8 @@ def _checked(name: str) -> str:
 
 _default = _checked(os.environ.get("FUSED_NORM_BACKEND") or "auto")
 _chosen: ContextVar[str] = ContextVar("fused_norm_backend", default=_default)
+#: The choice made last, in any thread. Dynamo cannot trace a ContextVar, but guards on this: a new choice recompiles.
+_latest = _default
 
 
 def _module(name: str) -> ModuleType | None:
@@ -89,11 +93,37 @@ def select(op: str, device_type: str) -> ModuleType | None:
     return _auto(op, device_type) if name == "auto" else _named(name, op, device_type)
 
 
+def compile_plan(op: str, device_type: str) -> str:
+    """For code that torch.compile traces: the backend's name, to be baked into the graph and handed to `planned`.
+
+    It is a part of the graph because compiled graphs are cached on disk by what they hold: another backend, or another
+    version of this package, must not find this one's.
+    """
+    return _plan(op, device_type, _latest)
+
+
+@torch.compiler.assume_constant_result
+def _plan(op: str, device_type: str, latest: str) -> str:
+    module = select(op, device_type)
+    name = "torch" if module is None else module.__name__.rpartition(".")[2]
+    return f"{name} {__version__}"
+
+
+@contextlib.contextmanager
+def planned(plan: str) -> Iterator[None]:
+    """Context manager: calls inside run on the backend of :func:`compile_plan`."""
+    token = _chosen.set(plan.partition(" ")[0])
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Context manager: calls inside run on backend ``name``, in this thread (or asyncio task) alone.
 
-    Calls that no backend of ours serves (under ``torch.compile`` or ``torch.jit.trace``, on tensor subclasses) go to
+    Calls that no backend of ours serves (under ``torch.export`` or ``torch.jit.trace``, on tensor subclasses) go to
     torch's own function all the same. With activation checkpointing, which recomputes forward during backward, choose
     by ``FUSED_NORM_BACKEND``.
 
@@ -104,11 +134,14 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: if there is no such backend. A call raises RuntimeError if the backend cannot run on its tensors.
     """
+    global _latest
     token = _chosen.set(_checked(name))
+    _latest = name
     try:
         yield
     finally:
         _chosen.reset(token)
+        _latest = _chosen.get()
 
 
 def device_types() -> list[str]:

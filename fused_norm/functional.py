@@ -6,14 +6,17 @@ other devices and dtypes, empty input, torch.func transforms, forward-mode AD, t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import dispatch, reference
+from . import dispatch, ops, reference
 from .autograd import Norm, Ticks, dense, norm_forward, transforms_active
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
@@ -21,6 +24,7 @@ _LOW_PRECISION = frozenset({torch.bfloat16, torch.float16})
 _DTYPES = frozenset({torch.float64, torch.float32}) | _LOW_PRECISION
 _DTYPE_NAMES = "float64, float32, bfloat16 and float16"
 _is_compiling = torch.compiler.is_compiling
+_is_exporting = torch.compiler.is_exporting
 _is_tracing = torch._C._is_tracing
 
 
@@ -94,8 +98,11 @@ def _norm(
     eps: float | None,
 ) -> Tensor:
     """Both norms: ``public`` is the function the user called, whose place a torch function mode may take."""
+    if _is_compiling() and not _is_exporting():
+        plan = dispatch.compile_plan("norm", x.device.type)
+        return _rms_norm_op(x, shape, weight, eps, plan) if rms else _layer_norm_op(x, shape, weight, bias, eps, plan)
     if (
-        _is_compiling()
+        _is_compiling()  # torch.export: the program must run, and be lowered, where this package is not
         or _is_tracing()  # torch.jit.trace: its graph can hold torch's operators alone
         or type(x) not in _PLAIN
         or (weight is not None and type(weight) not in _PLAIN)
@@ -107,7 +114,19 @@ def _norm(
     if has_torch_function((x,)):  # x is plain, so this is a mode, such as a default device: it may see the call first
         args = (x, shape, weight, eps) if rms else (x, shape, weight, bias, eps)
         return handle_torch_function(public, (x,), *args)
+    return _checked_norm(rms, x, shape, weight, bias, eps)
 
+
+def _checked_norm(
+    rms: bool,
+    x: Tensor,
+    shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+    in_operator: bool = False,
+) -> Tensor:
+    """Both norms of strided tensors that no one else is to see first: check, choose a backend, run it."""
     n = _row_length(rms, x, shape, weight, bias)
     if n is None or type(eps) not in (float, int):
         if n is None or eps is not None or not rms:
@@ -123,7 +142,10 @@ def _norm(
     backend = dispatch.select("norm", device_type)
     if backend is None or x.numel() == 0:
         return _torch_norm(rms, x, shape, weight, bias, eps)
-    if transforms_active() or (
+    transformed = transforms_active()
+    if transformed and in_operator:  # a Function called from an operator is out of the transform's sight
+        return reference.norm_forward(x, weight, bias, n, 1, eps, rms, False)[0]
+    if transformed or (
         torch.is_grad_enabled()
         and (
             x.requires_grad
@@ -133,6 +155,27 @@ def _norm(
     ):
         return Norm.call(x, weight, bias, n, eps, rms, backend)[0]
     return norm_forward(x, weight, bias, n, eps, rms, backend)[0]
+
+
+def _compiled_norm(rms: bool, x, shape, weight, bias, eps, plan: str) -> Tensor:
+    """What AOTAutograd traces in the operators' place: the Functions of :mod:`.autograd`, and in them the kernels'."""
+    traced = (FakeTensor, FunctionalTensor, *_PLAIN)
+    if any(t is not None and type(t) not in traced for t in (x, weight, bias)) or x.layout is not torch.strided:
+        return _torch_norm(rms, x, shape, weight, bias, eps)
+    with dispatch.planned(plan):
+        return _checked_norm(rms, x, tuple(map(int, shape)), weight, bias, eps, in_operator=True)
+
+
+# Under torch.compile a call is one operator to Dynamo, which could trace neither the choice of a backend nor a Function
+# with forward mode. AOTAutograd takes it apart: the graph holds the operators of the backend's kernels.
+_layer_norm_op = ops.composite(
+    "layer_norm(Tensor input, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, float eps, str plan) -> Tensor",
+    functools.partial(_compiled_norm, False),
+)
+_rms_norm_op = ops.composite(
+    "rms_norm(Tensor input, SymInt[] normalized_shape, Tensor? weight, float? eps, str plan) -> Tensor",
+    lambda x, shape, weight, eps, plan: _compiled_norm(True, x, shape, weight, None, eps, plan),
+)
 
 
 def _autocast_enabled(device_type: str) -> bool:

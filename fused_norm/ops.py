@@ -6,10 +6,21 @@ operator's ``register_autograd`` gives forward-mode AD silent zeros) but through
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from . import dispatch
+
+_library = torch.library.Library("fused_norm", "FRAGMENT")
+
+
+def composite(schema: str, function: Callable) -> torch._ops.OpOverload:
+    """Define the operator ``fused_norm::schema``, which every transform takes apart into what ``function`` does."""
+    name = _library.define(schema)
+    _library.impl(name, function, "CompositeImplicitAutograd")
+    return getattr(torch.ops.fused_norm, name.partition("::")[2] or name).default
 
 
 def _stats_dtype(x: Tensor) -> torch.dtype:

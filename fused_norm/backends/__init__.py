@@ -10,13 +10,14 @@
     unavailable(device_type) -> None, or the reason this backend cannot serve that device type here
 
 Rows
-    ``x`` (and, independently, ``dy`` and ``ddx``) is either contiguous with any shape, or 2-D with unit stride in its last
-    dimension and any row stride. A row is ``n`` elements, and there are ``M = x.numel() // n`` of them; both are at
-    least 1. No alignment of the data pointer may be assumed. ``functional`` and ``autograd`` establish all of this.
+    ``x`` (and, independently, ``dy`` and ``ddx``) is either contiguous with any shape, or 2-D with unit stride in its
+    last dimension and any row stride. A row is ``n`` elements, and there are ``M = x.numel() // n`` of them; both are
+    at least 1. No alignment of the data pointer may be assumed. ``functional`` and ``autograd`` establish all of this.
 Groups
     ``groups`` divides M: rows ``[g * M/groups, (g+1) * M/groups)`` form group g. ``weight`` and ``bias`` are
     contiguous and hold either ``n`` elements, shared by all groups, or ``groups * n``, one set per group. ``dw`` and
-    ``db`` (and ``grad_w``) are always ``(groups, n)``; ``ddw`` and ``ddb`` are as weight and bias. A plain call has one group; vmap folds its batch into groups.
+    ``db`` (and ``grad_w``) are always ``(groups, n)``; ``ddw`` and ``ddb`` are as weight and bias. A plain call has one
+    group; vmap folds its batch into groups.
 Types
     ``x`` is fp64, fp32, bf16 or fp16. ``weight`` and ``bias`` have x's dtype or, for bf16 and fp16 x, fp32; both have
     the same dtype. Arithmetic is fp32, or fp64 for fp64 x. ``param_dtype`` is the dtype of dw and db, of ddw and ddb,
