@@ -44,7 +44,7 @@ def as_rows(t: Tensor, n: int) -> Tensor:
         return t
     try:
         rows = t.view(-1, n)
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # ValueError where sizes are symbols
         return t.contiguous()
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
