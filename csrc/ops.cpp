@@ -295,6 +295,85 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(
   return {std::move(dx), std::move(dw), std::move(db)};
 }
 
+// Where the rows' rstd lie, after checking that stats holds one of each row, and a mean too unless rms.
+const void* check_stats(const Tensor& stats, const Rows& rows, bool rms) {
+  const Dtype acc = accumulation(rows.dtype);
+  STD_TORCH_CHECK(stats.is_cpu() && stats.is_contiguous(), "stats is not a contiguous CPU tensor");
+  STD_TORCH_CHECK(
+      stats.scalar_type() == scalar_type(acc), "stats has dtype ", torch::headeronly::toString(stats.scalar_type()), ", expected ",
+      dtype_name(acc));
+  STD_TORCH_CHECK(
+      stats.numel() == (rms ? 1 : 2) * rows.count, "stats has shape ", shape(stats), ", expected (", rms ? 1 : 2, ", ", rows.count, ")");
+  return data_of(stats, "stats");
+}
+
+// The row stride of a tensor that has an element for each of x's.
+int64_t check_like_x(const Tensor& t, const Tensor& x, int64_t n, const char* name) {
+  STD_TORCH_CHECK(
+      t.scalar_type() == x.scalar_type(), name, " has dtype ", torch::headeronly::toString(t.scalar_type()), ", x has ",
+      torch::headeronly::toString(x.scalar_type()));
+  STD_TORCH_CHECK(t.numel() == x.numel(), name, " has shape ", shape(t), ", x has ", shape(x));
+  return row_stride(t, n, name);
+}
+
+std::tuple<Tensor, Tensor, Tensor> norm_double_backward(
+    const std::optional<Tensor>& ddx, const std::optional<Tensor>& ddw, const std::optional<Tensor>& ddb, const std::optional<Tensor>& dy,
+    const Tensor& x, const Tensor& stats, const std::optional<Tensor>& weight, int64_t n, int64_t groups, bool rms,
+    ScalarType param_dtype, bool need_ddy, bool need_dx, bool need_dw) {
+  const Rows rows = rows_of(x, n, groups);
+  const Dtype acc = accumulation(rows.dtype);
+  const Dtype param = param_dtype == x.scalar_type() ? rows.dtype : Dtype::f32;
+  STD_TORCH_CHECK(
+      param_dtype == scalar_type(param) && param_dtype_fits(param, rows.dtype), "param_dtype is ",
+      torch::headeronly::toString(param_dtype), ", x has ", dtype_name(rows.dtype));
+  NormDoubleBackward a{};
+  a.x = data_of(x, "x");
+  a.x_stride = rows.stride;
+  a.rstd = check_stats(stats, rows, rms);
+  if (!rms) a.mean = (const char*)a.rstd + rows.count * size_of(acc);
+  if (ddx) {
+    a.ddx_stride = check_like_x(*ddx, x, n, "ddx");
+    a.ddx = data_of(*ddx, "ddx");
+  }
+  if (need_dx || need_dw) {
+    STD_TORCH_CHECK(dy, "dy is None, expected a tensor: ", need_dx ? "need_dx" : "need_dw", " is true");
+    a.dy_stride = check_like_x(*dy, x, n, "dy");
+    a.dy = data_of(*dy, "dy");
+  }
+  const auto use_param = [&](const std::optional<Tensor>& p, const char* name, const void*& data, int64_t& stride) {
+    if (!p) return;
+    stride = check_param(*p, rows, groups, name);
+    STD_TORCH_CHECK(
+        p->scalar_type() == param_dtype, name, " has dtype ", torch::headeronly::toString(p->scalar_type()), ", param_dtype is ",
+        torch::headeronly::toString(param_dtype));
+    data = data_of(*p, name);
+  };
+  use_param(weight, "weight", a.weight, a.weight_stride);
+  use_param(ddw, "ddw", a.ddw, a.ddw_stride);
+  use_param(ddb, "ddb", a.ddb, a.ddb_stride);
+
+  // Only the sums over rows need the cut that backward makes. Without them rows do not meet, and a few at a time share out best.
+  const Chunks chunks = need_dw ? chunks_of(rows) : Chunks{ceil_div(rows.per_group, 4), 4};
+  a.n = n;
+  a.rows_per_group = rows.per_group;
+  a.chunks_per_group = chunks.per_group;
+  a.rows_per_chunk = chunks.rows;
+  Tensor grad_dy = need_ddy ? empty_like(x, rows.dtype) : empty({0}, rows.dtype);
+  Tensor grad_x = need_dx ? empty_like(x, rows.dtype) : empty({0}, rows.dtype);
+  Tensor partial = empty({need_dw ? groups * chunks.per_group : 0, n}, acc);
+  a.grad_dy = need_ddy ? grad_dy.mutable_data_ptr() : nullptr;
+  a.grad_x = need_dx ? grad_x.mutable_data_ptr() : nullptr;
+  a.grad_w_partial = need_dw ? partial.mutable_data_ptr() : nullptr;
+  if (need_ddy || need_dx || need_dw) {
+    const Kernels& k = kernels();
+    parallel(groups * chunks.per_group, chunks.rows * n, [&](int64_t begin, int64_t end) {
+      k.norm_double_backward(rows.dtype, param, rms, a, begin, end);
+    });
+  }
+  Tensor grad_w = need_dw ? reduce(partial, rows, groups, chunks.per_group, param) : empty({0}, param);
+  return {std::move(grad_dy), std::move(grad_x), std::move(grad_w)};
+}
+
 }  // namespace
 }  // namespace fused_norm
 
@@ -305,9 +384,14 @@ STABLE_TORCH_LIBRARY(fused_norm, m) {
   m.def(
       "norm_backward(Tensor dy, Tensor x, Tensor stats, Tensor? weight, int n, int groups, bool rms, ScalarType param_dtype,"
       " bool need_dx, bool need_dw, bool need_db) -> (Tensor dx, Tensor dw, Tensor db)");
+  m.def(
+      "norm_double_backward(Tensor? ddx, Tensor? ddw, Tensor? ddb, Tensor? dy, Tensor x, Tensor stats, Tensor? weight, int n, int groups,"
+      " bool rms, ScalarType param_dtype, bool need_ddy, bool need_dx, bool need_dw)"
+      " -> (Tensor grad_dy, Tensor grad_x, Tensor grad_w)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_norm, CPU, m) {
   m.impl("norm_forward", TORCH_BOX(&fused_norm::norm_forward));
   m.impl("norm_backward", TORCH_BOX(&fused_norm::norm_backward));
+  m.impl("norm_double_backward", TORCH_BOX(&fused_norm::norm_double_backward));
 }

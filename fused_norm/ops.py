@@ -54,6 +54,29 @@ def _norm_backward_fake(
     return dx, dw, db
 
 
+def _norm_double_backward_fake(
+    ddx: Tensor | None,
+    ddw: Tensor | None,
+    ddb: Tensor | None,
+    dy: Tensor | None,
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    n: int,
+    groups: int,
+    rms: bool,
+    param_dtype: torch.dtype,
+    need_ddy: bool,
+    need_dx: bool,
+    need_dw: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_dy = x.new_empty(x.shape if need_ddy else (0,))
+    grad_x = x.new_empty(x.shape if need_dx else (0,))
+    grad_w = x.new_empty((groups, n) if need_dw else (0,), dtype=param_dtype)
+    return grad_dy, grad_x, grad_w
+
+
 if dispatch.unavailable("native", "norm", "cpu") is None:  # the extension is there, and this has loaded it
     torch.library.register_fake("fused_norm::norm_forward", _norm_forward_fake)
     torch.library.register_fake("fused_norm::norm_backward", _norm_backward_fake)
+    torch.library.register_fake("fused_norm::norm_double_backward", _norm_double_backward_fake)

@@ -43,6 +43,31 @@ struct NormBackward {
   int64_t rows_per_chunk;
 };
 
+// Chunks as for NormBackward. What ddx, ddw and ddb stand for when null are zeros.
+struct NormDoubleBackward {
+  const void* ddx;        // may be null
+  const void* ddw;        // may be null
+  const void* ddb;        // may be null
+  const void* dy;         // may be null if grad_x and grad_w_partial are
+  const void* x;
+  const void* rstd;
+  const void* mean;       // null for rms
+  const void* weight;     // null: as if all ones
+  void* grad_dy;          // contiguous; null if not needed
+  void* grad_x;           // likewise
+  void* grad_w_partial;   // (groups * chunks_per_group, n) in the accumulation type; null if not needed
+  int64_t n;
+  int64_t ddx_stride;
+  int64_t dy_stride;
+  int64_t x_stride;
+  int64_t rows_per_group;
+  int64_t weight_stride;  // 0: shared by all groups; n: one set a group
+  int64_t ddw_stride;     // likewise
+  int64_t ddb_stride;     // likewise
+  int64_t chunks_per_group;
+  int64_t rows_per_chunk;
+};
+
 // out[g, j] = sum over the group's chunks of partial[g, chunk, j], rounded once to `out_dtype`.
 struct ReducePartials {
   const void* partial;
@@ -58,6 +83,8 @@ struct Kernels {
   void (*norm_forward)(Dtype dtype, Dtype weight_dtype, bool rms, const NormForward&, int64_t begin, int64_t end);
   // chunks [begin, end), counted over all groups
   void (*norm_backward)(Dtype dtype, Dtype weight_dtype, bool rms, const NormBackward&, int64_t begin, int64_t end);
+  // chunks [begin, end), counted over all groups; `param_dtype` is that of weight, ddw and ddb
+  void (*norm_double_backward)(Dtype dtype, Dtype param_dtype, bool rms, const NormDoubleBackward&, int64_t begin, int64_t end);
   // columns [begin, end) of group g
   void (*reduce_partials)(Dtype dtype, Dtype out_dtype, const ReducePartials&, int64_t group, int64_t begin, int64_t end);
 };

@@ -299,6 +299,8 @@ struct Tail {
     store_short(row, v);
   }
   FUSED_NORM_INLINE Vec<A> keep(Vec<A> v) const { return (Vec<A>)((Mask<A>)v & mask); }
+  // v for elements not yet seen, `seen` for the others
+  FUSED_NORM_INLINE Vec<A> keep(Vec<A> v, Vec<A> seen) const { return (Vec<A>)(((Mask<A>)v & mask) | ((Mask<A>)seen & ~mask)); }
 
  private:
   template <typename T>

@@ -120,6 +120,14 @@ if not _cpu_missing:
             return _norm_backward_cpu(dy, x, *args)
         return _norm_backward_cuda(dy, x, *args)
 
+    _norm_double_backward_cpu = torch.ops.fused_norm.norm_double_backward.default._op
+
+    def norm_double_backward(ddx, ddw, ddb, dy, x, *args):
+        """The contract's function: the operator, which has a kernel on the CPU alone; elsewhere the formulas."""
+        if x.is_cpu:
+            return _norm_double_backward_cpu(ddx, ddw, ddb, dy, x, *args)
+        return reference.norm_double_backward(ddx, ddw, ddb, dy, x, *args)
+
 else:
 
     def norm_forward(*args):
@@ -127,3 +135,4 @@ else:
         raise RuntimeError(_cpu_missing)
 
     norm_backward = norm_forward
+    norm_double_backward = norm_forward
