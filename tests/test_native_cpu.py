@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 
 from fused_norm import reference
 from fused_norm.backends import native
-from fused_norm.testing import NormResult, assert_norm_close, norm_truth
+from fused_norm.testing import NormResult, assert_norm_close, norm_truth, one_rounding, typical_rounding
 
 pytestmark = pytest.mark.skipif(
     native.unavailable("cpu") is not None, reason=f"no native CPU backend: {native.unavailable('cpu')}"
@@ -510,3 +511,349 @@ def test_cuda_backward_formulas(rms):
                 ):
                     if expected is not None:
                         torch.testing.assert_close(got, expected)
+
+
+DOUBLE_WIDTHS = [1, 2, 3, 7, 8, 17, 31, 33, 63, 64, 100, 768, 1000, 4097, 20000]
+DOUBLE_RESULTS = ("grad_dy", "grad_x", "grad_w")
+BOOLEANS = (False, True)
+
+
+def double_backward(ddx, ddw, ddb, dy, x, weight, n, groups=1, rms=False, param_dtype=None, needs=(True, True, True)):
+    _, stats = forward(x, None, None, n, groups, rms=rms)
+    return native.norm_double_backward(
+        ddx, ddw, ddb, dy, x, stats, weight, n, groups, rms, param_dtype or x.dtype, *needs
+    )
+
+
+def fp64(*tensors):
+    return [None if t is None else t.double() for t in tensors]
+
+
+def double_backward_truth(ddx, ddw, ddb, dy, x, weight, n, groups=1, rms=False):
+    ddx, ddw, ddb, dy, x, weight = fp64(ddx, ddw, ddb, dy, x, weight)
+    _, stats = reference.norm_forward(x, None, None, n, groups, 1e-5, rms, True)
+    return reference.norm_double_backward(ddx, ddw, ddb, dy, x, stats, weight, n, groups, rms, F64, True, True, True)
+
+
+def double_backward_bounds(ddx, ddw, ddb, dy, x, weight, n, groups=1, rms=False):
+    """For each result: the norm of what is added up in it, counting what cancels, as in `narrow_bounds`.
+
+    A mean counts with the terms' own sizes, or, where these are many, with four standard deviations of a sum of terms
+    of such sizes and random signs: the means of u * xhat and of g * xhat, to which grad_x is proportional, come out
+    small by chance.
+    """
+    rows = x.numel() // n
+
+    def spread(p, otherwise):
+        sets = torch.full((1, n), float(otherwise), dtype=F64) if p is None else p.double().reshape(-1, n)
+        return sets.repeat_interleave(rows // len(sets), 0)
+
+    def mean(terms, sizes, dim=1):
+        likely = 4 * sizes.square().sum(dim, keepdim=True).sqrt() / sizes.shape[dim]
+        counted = torch.minimum(sizes.mean(dim, keepdim=True), likely)
+        return torch.maximum(terms.mean(dim, keepdim=True).abs(), counted)
+
+    x, dy, u = (spread(t, 0) for t in (x, dy, ddx))
+    v, c, w = spread(ddw, 0), spread(ddb, 0), spread(weight, 1)
+    x_mean = x.mean(1, keepdim=True) * (not rms)
+    rstd = ((x - x_mean).square().mean(1, keepdim=True) + 1e-5).rsqrt()
+    xhat, size = (x - x_mean) * rstd, (x.abs() + x_mean.abs()) * rstd
+    # rstd's own relative error, in units of rounding; in longer rows it averages out.
+    worst = 1 + size.amax(1, keepdim=True) * (n < 32)
+    size = size * worst
+    g = dy * w
+    a, b = ((t * xhat).mean(1, keepdim=True) for t in (u, g))
+    p = u - u.mean(1, keepdim=True) * (not rms) - xhat * a
+    t = v * dy - rstd * (b * u + a * g)
+    a_size, b_size = (mean(t * xhat, t.abs() * size) for t in (u, g))
+    p_size = u.abs() + mean(u, u.abs()) + size * a_size
+    t_size = (v * dy).abs() + rstd * worst * (b_size * u.abs() + a_size * g.abs())
+    k_size = mean(t * xhat, t_size * size) + rstd * worst * mean(p * g, p_size * g.abs())
+    grad_w, grad_w_size = ((rstd * t).view(groups, -1, n) for t in (dy * p, worst * dy.abs() * p_size))
+    return (
+        (w.abs() * rstd * worst * p_size + v.abs() * size + c.abs()).norm(),
+        (rstd * worst * (t_size + mean(t, t_size) + size * k_size)).norm(),
+        (mean(grad_w, grad_w_size, 1) * (rows / groups)).norm(),
+    )
+
+
+def check_double(ddx, ddw, ddb, dy, x, weight, n, groups=1, rms=False, param_dtype=None):
+    """Compares all three results with the fp64 truth, and returns them."""
+    inputs = (ddx, ddw, ddb, dy, x, weight)
+    actual = double_backward(*inputs, n, groups, rms, param_dtype)
+    given = [name for name, t in zip(("ddx", "ddw", "ddb"), inputs[:3], strict=True) if t is not None]
+    what = f"{tuple(x.shape)}, n={n}, groups={groups}, rms={rms}, weight={weight is not None}, {given}"
+    assert actual[0].shape == actual[1].shape == x.shape and actual[0].dtype == actual[1].dtype == x.dtype, what
+    assert actual[2].shape == (groups, n) and actual[2].dtype == (param_dtype or x.dtype), what
+    truth = double_backward_truth(*inputs, n, groups, rms)
+    bounds = double_backward_bounds(*inputs, n, groups, rms)
+    unit = torch.finfo(F64 if x.dtype == F64 else F32).eps / 2
+    for name, got, true, bound in zip(DOUBLE_RESULTS, actual, truth, bounds, strict=True):
+        rounding = 1.05 * max(one_rounding(true, got.dtype), typical_rounding(got.dtype)) * true.norm()
+        limit = 3 * unit * bound + rounding + torch.finfo(got.dtype).tiny
+        error = (got.double() - true).norm()
+        assert error <= limit, (
+            f"{what}: {name}: error {error:.3g} > limit {limit:.3g} (the truth's norm {true.norm():.3g})"
+        )
+    return actual
+
+
+def draw_double(rows, n, dtypes, sets=(1, 1, 1)):
+    """Random ddx, ddw, ddb, dy, x, weight; `sets` is how many of ddw, ddb and weight there are."""
+    dtype, param_dtype = dtypes
+    ddx, dy = rand(rows, n, dtype=dtype), rand(rows, n, dtype=dtype)
+    ddw, ddb = (rand(s, n, dtype=param_dtype) for s in sets[:2])
+    weight = rand(sets[2], n, dtype=param_dtype, shift=1, scale=0.3)
+    return ddx, ddw, ddb, dy, rand(rows, n, dtype=dtype, shift=0.5), weight
+
+
+def without(inputs, has_ddx, has_ddw, has_ddb, has_weight):
+    ddx, ddw, ddb, dy, x, weight = inputs
+    return (
+        ddx if has_ddx else None,
+        ddw if has_ddw else None,
+        ddb if has_ddb else None,
+        dy,
+        x,
+        weight if has_weight else None,
+    )
+
+
+@pytest.mark.parametrize("rms", BOOLEANS, ids=["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=dtype_id)
+def test_double_backward_widths(dtypes, rms):
+    for n in DOUBLE_WIDTHS:
+        inputs = draw_double(37 if n <= 1000 else 5, n, dtypes)
+        check_double(*inputs, n, rms=rms, param_dtype=dtypes[1])
+        # ddx alone, as a gradient penalty has it: all of grad_x is then proportional to means over the row.
+        check_double(*without(inputs, True, False, False, True), n, rms=rms, param_dtype=dtypes[1])
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=dtype_id)
+def test_double_backward_row_counts(dtypes):
+    """Rows that are not a multiple of those taken together, and several chunks of partial sums."""
+    for rows in (1, 2, 3, 4, 6, 131, 517):
+        check_double(*draw_double(rows, 257, dtypes), 257, param_dtype=dtypes[1])
+
+
+@pytest.mark.parametrize("rms", BOOLEANS, ids=["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=dtype_id)
+def test_double_backward_subsets(dtypes, rms):
+    """Every subset of the inputs against the truth; each result has the same bits whichever others are asked for."""
+    n = 103
+    every = draw_double(150, n, dtypes)
+    for present in itertools.product(BOOLEANS, repeat=4):
+        inputs = without(every, *present)
+        full = check_double(*inputs, n, rms=rms, param_dtype=dtypes[1])
+        for needs in itertools.product(BOOLEANS, repeat=3):
+            some = double_backward(*inputs, n, rms=rms, param_dtype=dtypes[1], needs=needs)
+            for need, got, expected in zip(needs, some, full, strict=True):
+                assert same_bits(got, expected) if need else got.shape == (0,), (present, needs)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=dtype_id)
+def test_double_backward_reads_no_more_than_it_must(dtypes):
+    n, jvp = 103, (True, False, False)
+    ddx, ddw, ddb, dy, x, weight = draw_double(9, n, dtypes)
+    nan = torch.full_like(x, float("nan"))
+    for rms in BOOLEANS:
+        expected = double_backward(ddx, ddw, ddb, dy, x, weight, n, rms=rms, param_dtype=dtypes[1])[0]
+        for unread in (None, nan, nan[:2]):
+            got = double_backward(ddx, ddw, ddb, unread, x, weight, n, rms=rms, param_dtype=dtypes[1], needs=jvp)[0]
+            assert same_bits(got, expected)
+        grad_dy = double_backward(None, None, ddb, None, nan, weight, n, rms=rms, param_dtype=dtypes[1], needs=jvp)[0]
+        assert same_bits(grad_dy, ddb.to(x.dtype).expand(9, n))
+        zero = double_backward(None, None, None, dy, x, weight, n, rms=rms, param_dtype=dtypes[1])
+        assert not any(t.any() for t in zero)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=dtype_id)
+def test_double_backward_groups(dtypes):
+    """Three groups give what three calls give; parameters may be shared or a set for each."""
+    groups = 3
+    for rows, n in ((1, 40), (21, 100), (70, 515)):
+        for rms, with_ddx, *sets in itertools.product(BOOLEANS, BOOLEANS, *[(1, groups)] * 3):
+            inputs = without(draw_double(groups * rows, n, dtypes, sets), with_ddx, True, True, True)
+            if rows != 70:
+                together = check_double(*inputs, n, groups, rms, dtypes[1])
+            else:
+                together = double_backward(*inputs, n, groups, rms, dtypes[1])
+            ddx, ddw, ddb, dy, x, weight = inputs
+            apart = []
+            for group in range(groups):
+                own = slice(group * rows, (group + 1) * rows)
+                params = [p[group % len(p)] for p in (ddw, ddb, weight)]
+                part = (None if ddx is None else ddx[own], *params[:2], dy[own], x[own], params[2])
+                apart.append(double_backward(*part, n, 1, rms, dtypes[1]))
+            for name, got, parts in zip(DOUBLE_RESULTS, together, zip(*apart, strict=True), strict=True):
+                assert same_bits(got, torch.cat(parts)), f"{name}: {groups * rows}x{n}, rms={rms}, sets {sets}"
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=dtype_id)
+def test_double_backward_layout_changes_no_bit(dtypes):
+    rows, options = 45, {"param_dtype": dtypes[1]}
+    for n in (3, 17, 100, 1001):
+        inputs = draw_double(rows, n, dtypes)
+        for rms, with_ddx in itertools.product(BOOLEANS, repeat=2):
+            ddx, ddw, ddb, dy, x, weight = without(inputs, with_ddx, True, True, True)
+            expected = double_backward(ddx, ddw, ddb, dy, x, weight, n, rms=rms, **options)
+            v, c, w = (laid_out(p.view(1, n), n, 1).view(n) for p in (ddw, ddb, weight))
+            u = laid_out(ddx, n + 7, 2) if with_ddx else None
+            actual = double_backward(u, v, c, laid_out(dy, n + 5, 3), laid_out(x, n + 3, 1), w, n, rms=rms, **options)
+            for name, got, same in zip(DOUBLE_RESULTS, actual, expected, strict=True):
+                assert same_bits(got, same), (name, n, rms)
+            u, dy3, x3 = (t if t is None else t.view(9, 5, n) for t in (ddx, dy, x))
+            actual = double_backward(u, ddw, ddb, dy3, x3, weight, n, rms=rms, **options)
+            assert actual[0].shape == actual[1].shape == (9, 5, n)
+            for name, got, same in zip(DOUBLE_RESULTS, actual, expected, strict=True):
+                assert same_bits(got.view(same.shape), same), (name, n, rms)
+        one = rand(1, n, dtype=dtypes[0])
+        wide, copy = one.expand(rows, n), one.expand(rows, n).contiguous()
+        actual, expected = (double_backward(t, ddw, ddb, t, t, weight, n, **options) for t in (wide, copy))
+        assert all(map(same_bits, actual, expected)), f"expanded, n={n}"
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=dtype_id)
+def test_double_backward_same_bits_for_any_number_of_threads(dtype):
+    for rows, n, groups in ((4000, 24, 1), (333, 1001, 1), (6, 40000, 3), (70, 4096, 1)):
+        inputs = draw_double(rows, n, (dtype, dtype))
+        for needs in ((True, True, True), (True, True, False)):
+            results = []
+            for count in (1, 2, 2, 3):
+                torch.set_num_threads(count)
+                results.append(double_backward(*inputs, n, groups, needs=needs))
+            for other in results[1:]:
+                assert all(map(same_bits, other, results[0])), f"{rows}x{n}, {needs}"
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=dtype_id)
+def test_double_backward_nan_stays_in_its_row(dtype):
+    for n in (7, 100, 1001):
+        clean = draw_double(9, n, (dtype, dtype))
+        expected = double_backward(*clean, n)
+        others = torch.arange(9) != 3
+        for bad, (name, place) in itertools.product((float("nan"), float("inf")), {"ddx": 0, "dy": 3, "x": 4}.items()):
+            inputs = list(clean)
+            inputs[place] = inputs[place].clone()
+            inputs[place][3, n // 2] = bad
+            grad_dy, grad_x, grad_w = double_backward(*inputs, n)
+            if name == "dy":
+                assert same_bits(grad_dy, expected[0]) and not grad_w[0, n // 2].isfinite(), (n, bad)
+                assert same_bits(grad_w[:, : n // 2], expected[2][:, : n // 2]), (n, bad)
+            else:
+                assert not grad_dy[3].isfinite().any() and not grad_w.isfinite().any(), (n, name, bad)
+            assert not grad_x[3].isfinite().any(), (n, name, bad)
+            for got, same in ((grad_dy, expected[0]), (grad_x, expected[1])):
+                assert same_bits(got[others], same[others]), (n, name, bad)
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=dtype_id)
+def test_double_backward_writes_every_element(dtype):
+    """As test_every_element_is_written: nothing shows through of what lay in the memory of the outputs."""
+    for rows, n, groups in ((3, 1, 1), (9, 17, 3), (70, 515, 1), (2, 7001, 1), (300, 100, 1)):
+        every = draw_double(rows, n, (dtype, dtype))
+        for rms, with_ddx, with_ddw in itertools.product(BOOLEANS, repeat=3):
+            inputs = without(every, with_ddx, with_ddw, True, True)
+            before = [t.clone() for t in double_backward(*inputs, n, groups, rms)]
+            for t in before:
+                blocks = [torch.full_like(t, float("nan")) for _ in range(5)]
+                del blocks
+            for got, expected in zip(double_backward(*inputs, n, groups, rms), before, strict=True):
+                assert not got.isnan().any() and same_bits(got, expected), (rows, n)
+
+
+def test_double_backward_no_rows():
+    x, p = torch.empty(0, 5), torch.randn(5)
+    for ddx in (x, None):
+        grad_dy, grad_x, grad_w = double_backward(ddx, p, p, x, x, p, 5)
+        assert grad_dy.shape == grad_x.shape == (0, 5) and torch.equal(grad_w, torch.zeros(1, 5))
+
+
+def good_double_backward():
+    return {
+        "ddx": f(4, 6),
+        "ddw": f(6),
+        "ddb": f(6),
+        "dy": f(4, 6),
+        "x": f(4, 6),
+        "stats": f(2, 4),
+        "weight": f(6),
+        "n": 6,
+        "groups": 1,
+        "rms": False,
+        "param_dtype": F32,
+        "need_ddy": True,
+        "need_dx": True,
+        "need_dw": True,
+    }
+
+
+BAD_DOUBLE_BACKWARD = {
+    "short ddx": ({"ddx": f(3, 6)}, r"ddx has shape \(3, 6\), x has \(4, 6\)"),
+    "short dy": ({"dy": f(3, 6)}, r"dy has shape \(3, 6\), x has \(4, 6\)"),
+    "ddx dtype": ({"ddx": f(4, 6, dtype=BF16)}, "ddx has dtype BFloat16, x has Float"),
+    "dy dtype": ({"dy": f(4, 6, dtype=BF16)}, "dy has dtype BFloat16, x has Float"),
+    "strided ddx": ({"ddx": f(6, 4).t()}, r"ddx has shape \(4, 6\).*n = 6"),
+    "strided dy": ({"dy": f(6, 4).t()}, r"dy has shape \(4, 6\).*n = 6"),
+    "strided x": ({"x": f(6, 4).t()}, r"x has shape \(4, 6\).*n = 6"),
+    "integer x": ({"x": f(4, 6, dtype=torch.int32)}, "x has dtype Int"),
+    "no dy for grad_x": ({"dy": None, "need_dw": False}, "dy is None.*need_dx is true"),
+    "no dy for grad_w": ({"dy": None, "need_dx": False}, "dy is None.*need_dw is true"),
+    "short stats": ({"stats": f(1, 4)}, r"stats has shape \(1, 4\), expected \(2, 4\)"),
+    "stats dtype": ({"stats": f(2, 4, dtype=F64)}, "stats has dtype Double, expected Float"),
+    "strided stats": ({"stats": f(4, 2).t()}, "stats is not"),
+    "weight": ({"weight": f(7)}, r"weight has shape \(7,\).*n = 6"),
+    "ddw": ({"ddw": f(7)}, r"ddw has shape \(7,\).*n = 6"),
+    "ddb": ({"ddb": f(12)}, r"ddb has shape \(12,\).*n = 6"),
+    "ddw for other groups": ({"ddw": f(12), "groups": 4}, r"ddw has shape \(12,\).*4 groups"),
+    "strided ddw": ({"ddw": f(12)[::2]}, "ddw is not contiguous"),
+    "weight dtype": ({"weight": f(6, dtype=F64)}, "weight has dtype Double, x has Float"),
+    "param dtype": ({"param_dtype": BF16}, "param_dtype is BFloat16, x has Float"),
+    "n": ({"n": 0}, "n is 0"),
+    "ragged": ({"n": 5}, "24 elements.*n = 5"),
+    "groups": ({"groups": 3}, "4 rows.*groups = 3"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DOUBLE_BACKWARD)
+def test_double_backward_refuses(case):
+    changes, message = BAD_DOUBLE_BACKWARD[case]
+    native.norm_double_backward(*good_double_backward().values())
+    with pytest.raises(RuntimeError, match=message):
+        native.norm_double_backward(*(good_double_backward() | changes).values())
+
+
+@pytest.mark.parametrize("name", ["weight", "ddw", "ddb"])
+def test_double_backward_refuses_parameters_of_two_dtypes(name):
+    """The kernel reads all three in the one dtype that `param_dtype` names."""
+    arguments = good_double_backward() | {p: f(4, 6, dtype=BF16) for p in ("ddx", "dy", "x")}
+    native.norm_double_backward(*arguments.values())
+    with pytest.raises(RuntimeError, match=f"{name} has dtype BFloat16, param_dtype is Float"):
+        native.norm_double_backward(*(arguments | {name: f(6, dtype=BF16)}).values())
+
+
+def test_double_backward_refuses_freed_memory():
+    for name in ("ddx", "ddw", "ddb", "dy", "x", "stats", "weight"):
+        arguments = good_double_backward()
+        arguments[name].untyped_storage().resize_(0)
+        with pytest.raises(RuntimeError, match=f"{name} has shape .* no storage"):
+            native.norm_double_backward(*arguments.values())
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=dtype_id)
+def test_double_backward_operator(dtypes):
+    """torch's own checks of the operator: its schema against what it does, and its fake against its results."""
+    every = draw_double(6, 10, dtypes)
+    for rms, with_ddx, needs in ((False, True, (True, True, True)), (True, False, (True, False, False))):
+        ddx, ddw, ddb, dy, x, weight = without(every, with_ddx, True, True, with_ddx)
+        _, stats = forward(x, None, None, 10, 2, rms=rms)
+        arguments = (ddx, ddw, ddb, dy if needs[1] else None, x, stats, weight, 10, 2, rms, dtypes[1], *needs)
+        operator = torch.ops.fused_norm.norm_double_backward.default
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_double_backward_without_a_kernel():
+    """What is not on the CPU goes to the reference's formulas."""
+    arguments = {name: a.to("meta") if isinstance(a, torch.Tensor) else a for name, a in good_double_backward().items()}
+    results = native.norm_double_backward(*arguments.values())
+    assert [(t.device.type, t.shape) for t in results] == [("meta", (4, 6)), ("meta", (4, 6)), ("meta", (1, 6))]
