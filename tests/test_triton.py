@@ -25,9 +25,17 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
+from fused_norm import reference  # noqa: E402
 from fused_norm.backends import triton as backend  # noqa: E402
-from fused_norm.backends.triton import launch, norm  # noqa: E402
-from fused_norm.testing import NormResult, assert_norm_close, norm_truth, relative_error  # noqa: E402
+from fused_norm.backends.triton import double_backward, launch, norm  # noqa: E402
+from fused_norm.testing import (  # noqa: E402
+    NormResult,
+    assert_norm_close,
+    error_limit,
+    norm_truth,
+    param_error_limit,
+    relative_error,
+)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else next((d for d in ("cuda", "xpu") if getattr(torch, d).is_available()), "cpu")
@@ -284,6 +292,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looped kernels in small tiles: a narrow row makes several chunks, a few rows make several tiles and parts."""
     monkeypatch.setattr(launch, "forward_launch", lambda *_: launch.NormLaunch(1, 64, 1, True))
     monkeypatch.setattr(launch, "backward_launch", lambda *_: launch.NormLaunch(4, 64, 1, True))
+    monkeypatch.setattr(launch, "double_backward_launch", lambda *_: launch.NormLaunch(4, 64, 1, True))
     monkeypatch.setattr(launch, "reduce_launch", lambda *_: launch.NormLaunch(2, 32, 1, True))
     monkeypatch.setattr(launch, "MAX_PARTS", 2)
     launch.backward_partition.cache_clear()
@@ -393,6 +402,178 @@ def test_any_shape_of_contiguous_input() -> None:
     )
     assert dx.shape == (2, 12, 5, 6)
     check(case, inputs, NormResult(y, dx))
+
+
+# ------------------------------------------------------------------------------------------------------ double backward
+
+
+@dataclass(frozen=True)
+class Directions:
+    """What reaches backward's results, and the tensors of that backward."""
+
+    ddx: Tensor | None
+    ddw: Tensor | None
+    ddb: Tensor | None
+    dy: Tensor | None
+    x: Tensor
+    weight: Tensor | None
+
+
+RESULTS = ("grad_dy", "grad_x", "grad_w")
+ALL = (True, True, True)
+
+
+def draw_directions(case: Case, given: str = "ddx+ddw+ddb") -> Directions:
+    """As ``draw``, with the ``given`` directions; ddw is one a group where the weight is shared, and the reverse."""
+    inputs = draw(case)
+    ddx = (torch.randn(case.rows, case.n, dtype=FP64) + 0.5).to(case.dtype)
+    ddw, ddb = (
+        torch.randn(case.n * groups, dtype=FP64).to(case.param_dtype or case.dtype).to(DEVICE)
+        for groups in (1 if case.per_group else case.groups, case.groups)
+    )
+    return Directions(
+        ddx=_laid_out(ddx, case.layout, 11) if "ddx" in given else None,
+        ddw=ddw if "ddw" in given else None,
+        ddb=ddb if "ddb" in given and not case.rms else None,
+        dy=inputs.dy,
+        x=inputs.x,
+        weight=inputs.weight,
+    )
+
+
+def _double_backward(module, case: Case, d: Directions, need: tuple[bool, bool, bool], p: torch.dtype) -> tuple:
+    _, stats = reference.norm_forward(d.x, None, None, case.n, 1, case.eps, case.rms, True)
+    return module.norm_double_backward(
+        d.ddx, d.ddw, d.ddb, d.dy, d.x, stats, d.weight, case.n, case.groups, case.rms, p, *need
+    )
+
+
+def run_double(case: Case, d: Directions, need: tuple[bool, bool, bool] = ALL) -> dict[str, Tensor]:
+    """What the backend computes, once its shapes, dtypes and layout are checked against the contract."""
+    p = case.param_dtype or case.dtype
+    results = dict(zip(RESULTS, _double_backward(backend, case, d, need, p), strict=True))
+    for name, needed in zip(RESULTS, need, strict=True):
+        t = results[name]
+        if needed:
+            shape, dtype = ((case.groups, case.n), p) if name == "grad_w" else (d.x.shape, d.x.dtype)
+            assert t.shape == shape and t.dtype == dtype and t.is_contiguous(), name
+    return {name: results[name] for name in itertools.compress(RESULTS, need)}
+
+
+def check_double(case: Case, d: Directions, results: dict[str, Tensor]) -> None:
+    """Hold the results to the fp64 truth: as near as one rounding, or as the reference in the same precision."""
+    need = tuple(name in results for name in RESULTS)
+    on_cpu = Directions(*(None if t is None else t.cpu() for t in vars(d).values()))
+    in_fp64 = Directions(*(None if t is None else t.double() for t in vars(on_cpu).values()))
+    exact = dict(zip(RESULTS, _double_backward(reference, case, in_fp64, need, FP64), strict=True))
+    plain = dict(
+        zip(RESULTS, _double_backward(reference, case, on_cpu, need, case.param_dtype or case.dtype), strict=True)
+    )
+    for name, t in results.items():
+        truth = exact[name]
+        if case.n < 4:
+            # p and t have few directions left, or none: what remains of them is what their terms' roundings leave.
+            def largest(t: Tensor | None) -> Tensor:
+                return torch.ones(()) if t is None else t.abs().max()
+
+            rstd = 1 / case.eps**0.5
+            terms = largest(in_fp64.weight) * rstd * largest(in_fp64.ddx) + largest(in_fp64.ddw) + largest(in_fp64.ddb)
+            if name != "grad_dy":
+                terms = terms * rstd * largest(in_fp64.dy)
+            assert ((t.cpu().double() - truth).abs() <= 4 * torch.finfo(t.dtype).eps * terms).all(), name
+            continue
+        limit = param_error_limit if name == "grad_w" else error_limit
+        allowed = limit(truth, t.dtype, relative_error(plain[name], truth))
+        error = relative_error(t.cpu(), truth)
+        assert error <= allowed, f"{name}: error {error:.3g} > limit {allowed:.3g} ({t.dtype})"
+
+
+DOUBLE = [
+    Case(m, n, dtype, rms)
+    for (m, n), dtype, rms in itertools.product(((40, 17), (20, 100), (5, 1000)), DTYPES, (False, True))
+]
+DOUBLE += [Case(70, n, FP32, rms) for n in (1, 2, 3) for rms in (False, True)]
+DOUBLE += [Case(20, 100, BF16, rms, FP32) for rms in (False, True)]
+DOUBLE += [Case(20, 100, FP32, affine="none"), Case(30, 100, FP32, groups=3), Case(1, 64, FP32)]
+DOUBLE += [Case(30, 100, d, r, FP32, groups=3, per_group=True) for d, r in ((FP32, False), (BF16, True))]
+DOUBLE += [Case(20, n, d, layout=la) for n, d in ((96, FP32), (63, BF16)) for la in ("strided", "misaligned")]
+
+
+@runs_kernels
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("case", DOUBLE, ids=str)
+def test_double_backward_against_the_truth(case: Case) -> None:
+    d = draw_directions(case)
+    check_double(case, d, run_double(case, d))
+
+
+DOUBLE_LOOPED = [Case(14, 200, dtype, rms) for dtype in (FP64, FP32, BF16) for rms in (False, True)]
+DOUBLE_LOOPED += [Case(27, 150, BF16, r, FP32, groups=3, per_group=own) for r, own in ((False, True), (True, False))]
+DOUBLE_LOOPED += [Case(14, 100, FP32, layout="strided"), Case(14, 100, FP32, affine="none"), Case(2, 64, FP16)]
+
+
+@runs_kernels
+@pytest.mark.usefixtures("poisoned_empty", "small_tiles")
+@pytest.mark.parametrize("case", DOUBLE_LOOPED, ids=str)
+def test_looped_double_backward_against_the_truth(case: Case) -> None:
+    d = draw_directions(case)
+    check_double(case, d, run_double(case, d))
+
+
+@runs_kernels
+@pytest.mark.parametrize("case", [Case(2, 8200, BF16), Case(2, 4100, FP32, True)], ids=str)
+def test_double_backward_of_a_row_wider_than_the_registers(case: Case) -> None:
+    assert launch.double_backward_launch(case.n, case.dtype.itemsize).looped
+    d = draw_directions(case)
+    check_double(case, d, run_double(case, d))
+
+
+@runs_kernels
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("looped", [False, True], ids=["whole", "looped"])
+@pytest.mark.parametrize("case", [Case(10, 70, groups=2), Case(7, 70, rms=True)], ids=str)
+@pytest.mark.parametrize("given", ["", "ddx", "ddw", "ddb", "ddx+ddw", "ddx+ddb", "ddw+ddb", "ddx+ddw+ddb"])
+def test_double_backward_of_some_directions(
+    given: str, case: Case, looped: bool, request: pytest.FixtureRequest
+) -> None:
+    """Whichever of ddx, ddw and ddb there are and whatever is needed; what is needed changes no bit of the rest."""
+    if looped:
+        request.getfixturevalue("small_tiles")
+    d = draw_directions(case, given)
+    full = run_double(case, d)
+    check_double(case, d, full)
+    for need in ((True, False, False), (False, True, False), (False, False, True)):
+        without_dy = replace(d, dy=None) if need == (True, False, False) else d
+        for name, t in run_double(case, without_dy, need).items():
+            assert torch.equal(t, full[name]), (name, need)
+
+
+@runs_kernels
+@pytest.mark.parametrize("looped", [False, True], ids=["whole", "looped"])
+@pytest.mark.parametrize("case", [Case(20, 96), Case(20, 63, BF16)], ids=str)
+def test_layout_changes_no_bit_of_double_backward(case: Case, looped: bool, request: pytest.FixtureRequest) -> None:
+    if looped:
+        request.getfixturevalue("small_tiles")
+    d = draw_directions(case)
+    expected = run_double(case, d)
+    for layout in ("strided", "misaligned"):
+        moved = replace(d, **{k: _laid_out(getattr(d, k), layout, i) for k, i in (("ddx", 32), ("dy", 7), ("x", 16))})
+        for name, t in run_double(case, moved).items():
+            assert torch.equal(t, expected[name]), (name, layout)
+
+
+@runs_kernels
+@pytest.mark.parametrize("name", ["ddx", "ddw", "ddb", "dy", "x", "weight"])
+def test_double_backward_of_a_freed_tensor(name: str) -> None:
+    d = draw_directions(Case(4, 16))
+    t = getattr(d, name)
+    freed = replace(d, **{name: t.clone()})
+    stats = torch.ones(2, 4, device=DEVICE)
+    getattr(freed, name).untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=f"{name} has shape"):
+        backend.norm_double_backward(
+            freed.ddx, freed.ddw, freed.ddb, freed.dy, freed.x, stats, freed.weight, 16, 1, False, FP32, *ALL
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------- numerics
@@ -587,6 +768,48 @@ def test_traffic(case: Case, looped: bool, request: pytest.FixtureRequest, monke
     assert traffic.of("load", inputs.x) == 0 and traffic.of("load", inputs.dy) == unit
 
 
+@runs_kernels
+@pytest.mark.parametrize("looped", [False, True], ids=["whole", "looped"])
+@pytest.mark.parametrize("case", [Case(24, 256, FP32), Case(24, 256, BF16, True)], ids=str)
+def test_traffic_of_double_backward(
+    case: Case, looped: bool, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not INTERPRETED:
+        pytest.skip("bytes are counted in the interpreter")
+    if looped:
+        request.getfixturevalue("small_tiles")
+    d = draw_directions(case)
+    unit = d.x.nbytes
+    traffic = Traffic(monkeypatch)
+
+    def reads() -> tuple[float, ...]:
+        return tuple(traffic.of("load", t) / unit for t in (d.ddx, d.dy, d.x))
+
+    grad_w = run_double(case, d)["grad_w"]
+    assert reads() == ((3, 3, 3) if looped else (1, 1, 1))
+    config = launch.double_backward_launch(case.n, case.dtype.itemsize)
+    parts = launch.double_backward_partition(case.rows, 1, config.rows, True).parts
+    tiles = parts if not looped else -(-case.rows // config.rows)
+    assert traffic.total("store") == 2 * unit + tiles * case.n * 4 + grad_w.nbytes
+
+    for need, expected, written in (
+        ((True, False, False), (2, 0, 2) if looped else (1, 0, 1), unit),  # the jvp
+        ((False, True, False), (3, 3, 3) if looped else (1, 1, 1), unit),
+        ((False, False, True), (2, 1, 2) if looped else (1, 1, 1), tiles * case.n * 4 + grad_w.nbytes),
+    ):
+        traffic.clear()
+        run_double(case, d, need)
+        assert reads() == expected and traffic.total("store") == written, need
+
+    traffic.clear()
+    without_ddx = replace(d, ddx=None)
+    run_double(case, without_ddx, (True, True, False))
+    assert reads() == ((0, 2, 2) if looped else (0, 1, 1))
+    traffic.clear()
+    run_double(case, replace(without_ddx, ddw=None))
+    assert traffic.total("load") == traffic.total("store") == 0  # no kernel runs
+
+
 # ------------------------------------------------------------------------------------------------- launch configuration
 
 
@@ -595,7 +818,7 @@ def test_traffic(case: Case, looped: bool, request: pytest.FixtureRequest, monke
 def test_launches_cover_every_width(element_size: int, warp_size: int) -> None:
     widths = sorted({2**k + d for k in range(19) for d in (-1, 0, 1) if 2**k + d > 0})
     for n in widths:
-        for config in (launch.forward_launch, launch.backward_launch):
+        for config in (launch.forward_launch, launch.backward_launch, launch.double_backward_launch):
             c = config(n, element_size, warp_size)
             assert c.looped or c.block_n >= n
             assert c.num_warps & (c.num_warps - 1) == 0 and 1 <= c.num_warps * warp_size <= 1024
@@ -607,6 +830,9 @@ def test_launches_cover_every_width(element_size: int, warp_size: int) -> None:
 def test_partition_shares_out_every_row_once(rows: int, groups: int, tile: int) -> None:
     share = launch.backward_partition(rows, groups, tile)
     assert share.rows_per_part % tile == 0 and share.parts * groups <= max(launch.MAX_PARTS, groups)
+    assert (share.parts - 1) * share.rows_per_part < rows <= share.parts * share.rows_per_part
+    assert launch.double_backward_partition(rows, groups, tile, True) == share
+    share = launch.double_backward_partition(rows, groups, tile, False)
     assert (share.parts - 1) * share.rows_per_part < rows <= share.parts * share.rows_per_part
 
 
@@ -663,7 +889,10 @@ needs_compiler = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 leav
 
 @dataclass(frozen=True)
 class Build:
-    """One kernel as the launcher would compile it: a pass, a row width, types, which inputs are aligned."""
+    """One kernel as the launcher would compile it: a pass, a row width, types, which inputs are aligned.
+
+    The pass "jvp" is double backward with grad_dy alone needed.
+    """
 
     pass_: str
     n: int
@@ -699,15 +928,31 @@ def compiled(build: Build, target: str):
         "y_ptr": x,
         "dy_ptr": x,
         "dx_ptr": x,
+        "ddx_ptr": x,
+        "ddw_ptr": parameter,
+        "ddb_ptr": parameter,
+        "grad_dy_ptr": x,
+        "grad_x_ptr": x,
+        "grad_w_ptr": acc,
     }
     pointers |= {"dw_ptr": acc, "db_ptr": acc, "dw_partial_ptr": acc, "db_partial_ptr": acc}
-    fresh = {"stats_ptr", "y_ptr", "dx_ptr", "dw_ptr", "db_ptr", "dw_partial_ptr", "db_partial_ptr"}
+    fresh = {"grad_dy_ptr", "grad_x_ptr", "grad_w_ptr"}
+    fresh |= {"stats_ptr", "y_ptr", "dx_ptr", "dw_ptr", "db_ptr", "dw_partial_ptr", "db_partial_ptr"}
     align = launch.alignment(build.n, build.stride or build.n)
     if build.pass_ == "reduce":
         config = launch.reduce_launch(build.n, launch.MAX_PARTS, gpu.warp_size)
         kernel = norm.norm_backward_reduce_kernel
         constants |= {"PARTS": config.rows, "BLOCK_N": config.block_n}
         pointers |= {"dw_ptr": parameter, "db_ptr": parameter}
+    elif build.pass_ in ("double_backward", "jvp"):
+        config = launch.double_backward_launch(build.n, build.size, gpu.warp_size)
+        kernel = getattr(double_backward, f"norm_double_backward{'_looped' if config.looped else ''}_kernel")
+        constants |= {"IS_RMS": build.rms, "ROWS": config.rows, "BLOCK_N": config.block_n}
+        constants |= dict.fromkeys(("ALIGN_DDX", "ALIGN_DY", "ALIGN_X"), align)
+        if build.pass_ == "jvp":
+            constants |= dict.fromkeys(("dy_ptr", "grad_x_ptr", "grad_w_ptr"))
+        if build.rms:
+            constants["ddb_ptr"] = None
     else:
         config = getattr(launch, f"{build.pass_}_launch")(build.n, build.size, gpu.warp_size)
         kernel = getattr(norm, f"norm_{build.pass_}{'_looped' if config.looped else ''}_kernel")
@@ -750,9 +995,15 @@ BUILDS = [
 ]
 BUILDS += [Build(pass_, WIDEST[pass_][2], 2, param_size=4) for pass_ in WIDEST]
 BUILDS += [Build("reduce", 1024, 4), Build("reduce", 65536, 2)]
+# Of double backward as few as tell: the classes that fill their registers, on every target.
+BUILDS += [Build("double_backward", n, 4) for n in (64, 4096, 65536)]
+BUILDS += [Build("double_backward", n, 2, param_size=4) for n in (8192, 65536)]
+BUILDS += [Build("double_backward", 8192, 2), Build("double_backward", 8192, 2, True), Build("jvp", 65536, 2)]
 SM_90_BUILDS = [Build(pass_, n, 8) for pass_ in WIDEST for n in (64, WIDEST[pass_][8], 65536)]
 SM_90_BUILDS += [Build(p, n, size) for p in WIDEST for n in (1024, 4096) for size in (4, 2)]
 SM_90_BUILDS += [Build(pass_, 65536, 2, param_size=4) for pass_ in WIDEST]
+SM_90_BUILDS += [Build("double_backward", n, 8) for n in (64, launch.DOUBLE_BACKWARD_WHOLE_ROW[8], 65536)]
+SM_90_BUILDS += [Build("double_backward", 4096, 2), Build("double_backward", 65536, 4, True), Build("jvp", 8192, 2)]
 
 
 @needs_compiler
@@ -781,7 +1032,7 @@ def _widest_access(ptx: str, kind: str, bits: int) -> int:
 @needs_compiler
 @pytest.mark.parametrize("size", [4, 2], ids=ELEMENT.get)
 @pytest.mark.parametrize("n", [64, 1000, 4096, 65536])
-@pytest.mark.parametrize("pass_", ["forward", "backward"])
+@pytest.mark.parametrize("pass_", ["forward", "backward", "double_backward"])
 def test_aligned_rows_move_16_bytes_at_a_time(pass_: str, n: int, size: int) -> None:
     ptx = compiled(Build(pass_, n, size), "sm_90").asm["ptx"]
     # Streams are those with an eviction hint; every such load of x and dy takes 16 bytes.
@@ -792,7 +1043,9 @@ def test_aligned_rows_move_16_bytes_at_a_time(pass_: str, n: int, size: int) -> 
 
 @needs_compiler
 @pytest.mark.parametrize(
-    "build", [Build("forward", 64, 4, aligned=False), Build("backward", 64, 4, stride=65)], ids=str
+    "build",
+    [Build("forward", 64, 4, aligned=False), *(Build(p, 64, 4, stride=65) for p in ("backward", "jvp"))],
+    ids=str,
 )
 def test_unaligned_rows_take_no_wide_load(build: Build) -> None:
     streams = re.findall(r"ld\.global\.L1::evict_first\S*", compiled(build, "sm_90").asm["ptx"])
@@ -808,8 +1061,11 @@ def _reductions(kernel) -> list[str]:
 
 
 @needs_compiler
-@pytest.mark.parametrize("n, size", [(64, 4), (4096, 2), (65536, 4), (1001, 2)])
-@pytest.mark.parametrize("pass_", ["forward", "backward"])
+@pytest.mark.parametrize(
+    "pass_, n, size",
+    [(p, n, size) for p in ("forward", "backward") for n, size in ((64, 4), (4096, 2), (65536, 4), (1001, 2))]
+    + [("double_backward", n, size) for n, size in ((64, 4), (1001, 2))],
+)
 def test_order_of_sums_does_not_depend_on_alignment(pass_: str, n: int, size: int) -> None:
     expected = _reductions(compiled(Build(pass_, n, size), "sm_90"))
     assert expected
@@ -822,8 +1078,15 @@ def test_order_of_sums_does_not_depend_on_alignment(pass_: str, n: int, size: in
 
 
 @needs_compiler
+@pytest.mark.parametrize("n, size", [(64, 4), (8192, 2), (65536, 2)])
+def test_order_of_sums_does_not_depend_on_what_is_needed(n: int, size: int) -> None:
+    alone, together = (_reductions(compiled(Build(p, n, size), "sm_90")) for p in ("jvp", "double_backward"))
+    assert alone and set(alone) <= set(together), set(alone) - set(together)
+
+
+@needs_compiler
 @pytest.mark.parametrize("n", [64, 65536])
-@pytest.mark.parametrize("pass_", ["forward", "backward"])
+@pytest.mark.parametrize("pass_", ["forward", "backward", "double_backward"])
 def test_row_offsets_are_64_bit(pass_: str, n: int) -> None:
     ttir = compiled(Build(pass_, n, 4), "sm_90").asm["ttir"]
     products = re.findall(r"arith\.muli (\S+), (\S+) : (?:tensor<\S*x)?(i\d+)", ttir)

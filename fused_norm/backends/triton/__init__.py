@@ -56,3 +56,26 @@ def norm_backward(
     from . import norm
 
     return norm.norm_backward(dy, x, stats, weight, n, groups, rms, param_dtype, need_dx, need_dw, need_db)
+
+
+def norm_double_backward(
+    ddx: Tensor | None,
+    ddw: Tensor | None,
+    ddb: Tensor | None,
+    dy: Tensor | None,
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    n: int,
+    groups: int,
+    rms: bool,
+    param_dtype: torch.dtype,
+    need_ddy: bool,
+    need_dx: bool,
+    need_dw: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    from . import double_backward
+
+    return double_backward.norm_double_backward(
+        ddx, ddw, ddb, dy, x, stats, weight, n, groups, rms, param_dtype, need_ddy, need_dx, need_dw
+    )

@@ -20,6 +20,10 @@ FORWARD_WHOLE_ROW = {8: 8192, 4: 16384, 2: 16384}
 #: Backward holds x, dy, the sums for dw and db, and the weight: five values an element, 16 of each a thread.
 BACKWARD_WHOLE_ROW = {8: 4096, 4: 8192, 2: 8192}
 
+#: Double backward holds ddx, dy, x, the sums for grad_w, what it makes of them and a parameter at a time. The 128
+#: registers that each of 512 threads has hold 8 elements of all that, 4 in fp64, and in bf16 and fp16 just hold 16.
+DOUBLE_BACKWARD_WHOLE_ROW = {8: 2048, 4: 4096, 2: 8192}
+
 
 @dataclass(frozen=True)
 class NormLaunch:
@@ -84,6 +88,21 @@ def backward_launch(n: int, element_size: int, warp_size: int = 32) -> NormLaunc
     return NormLaunch(rows, block_n, _warps(rows * block_n, per_thread, warp_size), looped=False)
 
 
+@functools.cache
+def double_backward_launch(n: int, element_size: int, warp_size: int = 32) -> NormLaunch:
+    """Double backward for rows of ``n`` elements of ``element_size`` bytes, whichever of its results are needed."""
+    if n > DOUBLE_BACKWARD_WHOLE_ROW[element_size]:
+        # Three sums an element at a time take the registers of two: 8 elements a thread (4 in fp64), of two programs a
+        # multiprocessor. The partial sums of grad_w, read and written once a tile, are 8/rows bytes an element.
+        return NormLaunch(rows=16, block_n=64 if element_size == 8 else 128, num_warps=256 // warp_size, looped=True)
+    # With 8 values a thread (4 in fp64), or 16 where 512 threads are too few for the row, 96 to 128 registers: two
+    # programs of 256 threads share a multiprocessor, as many as MAX_PARTS gives it, or one of 512.
+    per_thread = 4 if element_size == 8 else 8 if n <= 4096 else 16
+    block_n = _next_power_of_2(n)
+    rows = max(1, min(64, 256 * per_thread // block_n))
+    return NormLaunch(rows, block_n, _warps(rows * block_n, per_thread, warp_size), looped=False)
+
+
 #: The most programs that share the rows in backward, and so the most partial sums of dw and db. 256 is about two
 #: programs on each of an H100's 132 multiprocessors (97 % of two full waves). At M = 4096 their sums, written and read,
 #: add one byte an element to the 12 (fp32) or 6 (bf16) of the tensors.
@@ -97,6 +116,13 @@ def backward_partition(rows: int, groups: int, tile_rows: int) -> Partition:
     parts = max(1, min(MAX_PARTS // groups, tiles))
     rows_per_part = _ceil_div(tiles, parts) * tile_rows
     return Partition(_ceil_div(rows, rows_per_part), rows_per_part)
+
+
+def double_backward_partition(rows: int, groups: int, tile_rows: int, need_dw: bool) -> Partition:
+    """As backward's where there are sums over rows, else a program a tile."""
+    if need_dw:
+        return backward_partition(rows, groups, tile_rows)
+    return Partition(_ceil_div(rows, tile_rows), tile_rows)
 
 
 @functools.cache

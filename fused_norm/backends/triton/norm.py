@@ -17,8 +17,6 @@ the strides, and ``n // ALIGN_N * ALIGN_N`` tells the compiler.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import struct
 
 import torch
@@ -27,31 +25,21 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-
-#: Triton's default for fusing a multiplication and an addition differs between its versions, and with it the last bit.
-COMPILE_OPTIONS = {"enable_fp_fusion": True}
+from .common import (
+    COMPILE_OPTIONS,
+    accumulation_dtype,
+    add_partial,
+    check_storage,
+    group_stride,
+    mean_of,
+    on_device_of,
+    ratio,
+    row_stride,
+    sum_rows,
+    warp_size,
+)
 
 # ------------------------------------------------------------------------------------------------ pieces of the kernels
-
-
-@triton.jit
-def _ratio(a, b, FP64: tl.constexpr):
-    """a / b of two integers, correctly rounded; plain fp32 division is not."""
-    if FP64:
-        return tl.cast(a, tl.float64) / tl.cast(b, tl.float64)
-    else:
-        return tl.div_rn(tl.cast(a, tl.float32), tl.cast(b, tl.float32))
-
-
-@triton.jit
-def _mean(total, n, one_nth):
-    """total / n as total * (1/n) and one correction by its remainder, which leaves about one rounding.
-
-    A correctly rounded division calls a subroutine, and while a row is in registers a call makes them spill.
-    """
-    quotient = total * one_nth
-    corrected = tl.fma(tl.fma(-quotient, tl.cast(n, total.dtype), total), one_nth, quotient)
-    return tl.where(corrected == corrected, corrected, quotient)  # the remainder of an infinite total is NaN
 
 
 @triton.jit
@@ -66,16 +54,6 @@ def _reciprocal_sqrt(variance, eps_bits, FP64: tl.constexpr):
 
 
 @triton.jit
-def _sum_rows(tile, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Sum of a (ROWS, BLOCK_N) tile over its rows, by pairs: two addends have one order, whatever the tile's layout."""
-    if ROWS == 1:
-        return tl.reshape(tile, [BLOCK_N])
-    else:
-        pairs = tl.reshape(tile, [ROWS // 2, 2, BLOCK_N])
-        return _sum_rows(tl.sum(pairs, axis=1), ROWS // 2, BLOCK_N)
-
-
-@triton.jit
 def _affine(xhat, weight_ptr, bias_ptr, cols, col_ok, ACC: tl.constexpr):
     """xhat*w + b for the columns ``cols`` of shape (1, BLOCK_N)."""
     y = xhat
@@ -84,13 +62,6 @@ def _affine(xhat, weight_ptr, bias_ptr, cols, col_ok, ACC: tl.constexpr):
     if bias_ptr is not None:
         y = y + tl.load(bias_ptr + cols, mask=col_ok, other=0.0, eviction_policy="evict_last").to(ACC)
     return y
-
-
-def _check_storage(**tensors: Tensor | None) -> None:
-    """Raise for a tensor whose storage has been freed (as FSDP does between uses): a kernel would read address 0."""
-    for name, t in tensors.items():
-        if t is not None and t.data_ptr() == 0:
-            raise RuntimeError(f"{name} has shape {tuple(t.shape)} and no storage: its memory has been freed")
 
 
 # -------------------------------------------------------------------------------------------------------------- forward
@@ -126,7 +97,7 @@ def norm_forward_kernel(
     The row stays in registers.
     """
     ACC: tl.constexpr = tl.float64 if FP64 else tl.float32
-    one_nth = _ratio(1, n, FP64)
+    one_nth = ratio(1, n, FP64)
     n = n // ALIGN_N * ALIGN_N
     x_stride = x_stride // ALIGN_X * ALIGN_X
     group = (tl.program_id(0) // tiles).to(tl.int64)
@@ -141,13 +112,13 @@ def norm_forward_kernel(
     x = tl.load(x_ptr + row[:, None] * x_stride + cols, mask=ok, other=0.0, eviction_policy="evict_first").to(ACC)
     if IS_RMS:
         centred = x
-        variance = _mean(tl.sum(x * x, axis=1), n, one_nth)
+        variance = mean_of(tl.sum(x * x, axis=1), n, one_nth)
     else:
         x0 = tl.load(x_ptr + row * x_stride, mask=row_ok, other=0.0).to(ACC)
-        mean = x0 + _mean(tl.sum(tl.where(ok, x - x0[:, None], 0.0), axis=1), n, one_nth)
+        mean = x0 + mean_of(tl.sum(tl.where(ok, x - x0[:, None], 0.0), axis=1), n, one_nth)
         centred = tl.where(ok, x - mean[:, None], 0.0)
-        off = _mean(tl.sum(centred, axis=1), n, one_nth)
-        variance = _mean(tl.sum(centred * centred, axis=1), n, one_nth) - off * off
+        off = mean_of(tl.sum(centred, axis=1), n, one_nth)
+        variance = mean_of(tl.sum(centred * centred, axis=1), n, one_nth) - off * off
         mean += off
         centred = x - mean[:, None]
     rstd = _reciprocal_sqrt(variance, eps_bits, FP64)
@@ -196,7 +167,7 @@ def norm_forward_looped_kernel(
     relative to x0. So x is read twice in all, once for the statistics and once for y, and not three times.
     """
     ACC: tl.constexpr = tl.float64 if FP64 else tl.float32
-    one_nth = _ratio(1, n, FP64)
+    one_nth = ratio(1, n, FP64)
     n = n // ALIGN_N * ALIGN_N
     x_stride = x_stride // ALIGN_X * ALIGN_X
     group = (tl.program_id(0) // tiles).to(tl.int64)
@@ -215,19 +186,19 @@ def norm_forward_looped_kernel(
             squares += tl.sum(x * x, axis=1)
         else:
             count = tl.minimum(n - start, BLOCK_N)
-            one_countth = _ratio(1, count, FP64)
-            chunk_offset = _mean(tl.sum(tl.where(ok, x - pivot[:, None], 0.0), axis=1), count, one_countth)
+            one_countth = ratio(1, count, FP64)
+            chunk_offset = mean_of(tl.sum(tl.where(ok, x - pivot[:, None], 0.0), axis=1), count, one_countth)
             if start == 0:
                 pivot += chunk_offset
                 chunk_offset = tl.zeros([ROWS], ACC)
             centred = tl.where(ok, (x - pivot[:, None]) - chunk_offset[:, None], 0.0)
-            off = _mean(tl.sum(centred, axis=1), count, one_countth)
+            off = mean_of(tl.sum(centred, axis=1), count, one_countth)
             chunk_offset += off
-            share = _ratio(count, start + count, FP64)  # n_b / (n_a + n_b)
+            share = ratio(count, start + count, FP64)  # n_b / (n_a + n_b)
             delta = chunk_offset - offset
             squares += tl.sum(centred * centred, axis=1) - off * off * count + delta * delta * (share * start)
             offset += delta * share
-    rstd = _reciprocal_sqrt(_mean(squares, n, one_nth), eps_bits, FP64)
+    rstd = _reciprocal_sqrt(mean_of(squares, n, one_nth), eps_bits, FP64)
     if not IS_RMS:
         mean = pivot + offset
     if stats_ptr is not None:
@@ -249,25 +220,31 @@ def norm_forward_looped_kernel(
         tl.store(y_ptr + row[:, None] * n + at, y, mask=ok)
 
 
+def _float_bits(value: float, fp64: bool) -> int:
+    """The bits of ``value`` as fp64 or fp32: Triton hands a Python float over as fp32 whatever it is needed for."""
+    floating, integer = ("<d", "<q") if fp64 else ("<f", "<i")
+    return struct.unpack(integer, struct.pack(floating, value))[0]
+
+
 def norm_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, n: int, groups: int, eps: float, rms: bool, need_stats: bool
 ) -> tuple[Tensor, Tensor]:
     """y and the row statistics, in one launch. See :mod:`fused_norm.backends`."""
-    _check_storage(x=x, weight=weight, bias=bias)
+    check_storage(x=x, weight=weight, bias=bias)
     total_rows = x.numel() // n
     fp64 = x.dtype == torch.float64
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     stats_rows = 0 if not need_stats else 1 if rms else 2
-    stats = torch.empty((stats_rows, total_rows), dtype=_accumulation_dtype(x), device=x.device)
-    weight_stride, bias_stride = _group_stride(weight, n), _group_stride(bias, n)
+    stats = torch.empty((stats_rows, total_rows), dtype=accumulation_dtype(x), device=x.device)
+    weight_stride, bias_stride = group_stride(weight, n), group_stride(bias, n)
     if not weight_stride and not bias_stride:
         groups = 1  # rows need not know their group
     rows = total_rows // groups
-    x_stride = _row_stride(x, n)
-    config = launch.forward_launch(n, x.element_size(), _warp_size(x.device))
+    x_stride = row_stride(x, n)
+    config = launch.forward_launch(n, x.element_size(), warp_size(x.device))
     tiles = -(-rows // config.rows)
     kernel = norm_forward_looped_kernel if config.looped else norm_forward_kernel
-    with _on_device_of(x):
+    with on_device_of(x):
         kernel[(groups * tiles,)](
             x,
             weight,
@@ -329,7 +306,7 @@ def norm_backward_kernel(
     A program walks its block of rows in order, whole rows in registers, and keeps its sums for dw and db there too.
     """
     ACC: tl.constexpr = tl.float64 if FP64 else tl.float32
-    one_nth = _ratio(1, n, FP64)
+    one_nth = ratio(1, n, FP64)
     n = n // ALIGN_N * ALIGN_N
     dy_stride = dy_stride // ALIGN_DY * ALIGN_DY
     x_stride = x_stride // ALIGN_X * ALIGN_X
@@ -370,24 +347,17 @@ def norm_backward_kernel(
             g = dy
             if weight_ptr is not None:
                 g = dy * w
-            dx = g - xhat * _mean(tl.sum(g * xhat, axis=1), n, one_nth)[:, None]
+            dx = g - xhat * mean_of(tl.sum(g * xhat, axis=1), n, one_nth)[:, None]
             if not IS_RMS:
-                dx = dx - _mean(tl.sum(g, axis=1), n, one_nth)[:, None]
+                dx = dx - mean_of(tl.sum(g, axis=1), n, one_nth)[:, None]
             tl.store(dx_ptr + row[:, None] * n + cols, dx * rstd[:, None], mask=ok)
 
     flat_cols = tl.arange(0, BLOCK_N)
     partial = tl.program_id(0).to(tl.int64) * n + flat_cols
     if dw_ptr is not None:
-        tl.store(dw_ptr + partial, _sum_rows(dw, ROWS, BLOCK_N), mask=flat_cols < n)
+        tl.store(dw_ptr + partial, sum_rows(dw, ROWS, BLOCK_N), mask=flat_cols < n)
     if db_ptr is not None:
-        tl.store(db_ptr + partial, _sum_rows(db, ROWS, BLOCK_N), mask=flat_cols < n)
-
-
-@triton.jit
-def _add_partial(partial_ptr, value, ok, is_first):
-    """Add to a partial row, whose first tile finds it uninitialised."""
-    before = tl.load(partial_ptr, mask=ok & (not is_first), other=0.0)
-    tl.store(partial_ptr, before + value, mask=ok)
+        tl.store(db_ptr + partial, sum_rows(db, ROWS, BLOCK_N), mask=flat_cols < n)
 
 
 @triton.jit(do_not_specialize=_BACKWARD_INTEGERS)
@@ -420,7 +390,7 @@ def norm_backward_looped_kernel(
     First for the two row sums of dx (left out where dx is not needed), then for dx and the sums over the rows.
     """
     ACC: tl.constexpr = tl.float64 if FP64 else tl.float32
-    one_nth = _ratio(1, n, FP64)
+    one_nth = ratio(1, n, FP64)
     n = n // ALIGN_N * ALIGN_N
     dy_stride = dy_stride // ALIGN_DY * ALIGN_DY
     x_stride = x_stride // ALIGN_X * ALIGN_X
@@ -456,9 +426,9 @@ def norm_backward_looped_kernel(
                 sum_g_xhat += g * tl.where(ok, (x - mean) * rstd, 0.0)
                 if not IS_RMS:
                     sum_g += g
-            mean_g_xhat = _mean(tl.sum(sum_g_xhat, axis=1), n, one_nth)[:, None]
+            mean_g_xhat = mean_of(tl.sum(sum_g_xhat, axis=1), n, one_nth)[:, None]
             if not IS_RMS:
-                mean_g = _mean(tl.sum(sum_g, axis=1), n, one_nth)[:, None]
+                mean_g = mean_of(tl.sum(sum_g, axis=1), n, one_nth)[:, None]
 
         for start in range(0, n, BLOCK_N):
             cols = (start + tile_cols)[None, :]
@@ -478,9 +448,9 @@ def norm_backward_looped_kernel(
             flat_cols = start + tile_cols
             partial = tl.program_id(0).to(tl.int64) * n + flat_cols
             if dw_ptr is not None:
-                _add_partial(dw_ptr + partial, _sum_rows(dy * xhat, ROWS, BLOCK_N), flat_cols < n, first == begin)
+                add_partial(dw_ptr + partial, sum_rows(dy * xhat, ROWS, BLOCK_N), flat_cols < n, first == begin)
             if db_ptr is not None:
-                _add_partial(db_ptr + partial, _sum_rows(dy, ROWS, BLOCK_N), flat_cols < n, first == begin)
+                add_partial(db_ptr + partial, sum_rows(dy, ROWS, BLOCK_N), flat_cols < n, first == begin)
         tl.debug_barrier()  # the next tile reads the partial sums that other threads of this program may have written
 
 
@@ -517,7 +487,35 @@ def _sum_parts(partial_ptr, cols, parts, n, PARTS: tl.constexpr, BLOCK_N: tl.con
         part = (start + tl.arange(0, PARTS))[:, None]
         ok = (part < parts) & (cols < n)[None, :]
         total += tl.load(partial_ptr + part.to(tl.int64) * n + cols[None, :], mask=ok, other=0.0)
-    return _sum_rows(total, PARTS, BLOCK_N)
+    return sum_rows(total, PARTS, BLOCK_N)
+
+
+def add_up_partials(
+    dw_partial: Tensor | None,
+    db_partial: Tensor | None,
+    dw: Tensor | None,
+    db: Tensor | None,
+    groups: int,
+    parts: int,
+    n: int,
+) -> None:
+    """Launch the sum of partial rows ``(groups, parts, n)`` into ``(groups, n)``, for dw, db or both."""
+    some = dw_partial if dw_partial is not None else db_partial
+    config = launch.reduce_launch(n, parts, warp_size(some.device))
+    norm_backward_reduce_kernel[(-(-n // config.block_n), groups)](
+        dw_partial,
+        db_partial,
+        dw,
+        db,
+        parts,
+        n,
+        FP64=some.dtype == torch.float64,
+        ALIGN_N=launch.alignment(n),
+        PARTS=config.rows,
+        BLOCK_N=config.block_n,
+        num_warps=config.num_warps,
+        **COMPILE_OPTIONS,
+    )
 
 
 def norm_backward(
@@ -536,12 +534,12 @@ def norm_backward(
     """dx, dw and db (None where not needed), in at most two launches. See :mod:`fused_norm.backends`."""
     if not (need_dx or need_dw or need_db):
         return None, None, None
-    _check_storage(dy=dy, x=x, stats=stats, weight=weight)
+    check_storage(dy=dy, x=x, stats=stats, weight=weight)
     total_rows = x.numel() // n
     rows = total_rows // groups
     fp64 = x.dtype == torch.float64
-    x_stride, dy_stride, weight_stride = _row_stride(x, n), _row_stride(dy, n), _group_stride(weight, n)
-    config = launch.backward_launch(n, x.element_size(), _warp_size(x.device))
+    x_stride, dy_stride, weight_stride = row_stride(x, n), row_stride(dy, n), group_stride(weight, n)
+    config = launch.backward_launch(n, x.element_size(), warp_size(x.device))
     share = launch.backward_partition(rows, groups, config.rows)
     # A single partial row that is written once is the result.
     direct = share.parts == 1 and not (config.looped and rows > config.rows)
@@ -552,13 +550,13 @@ def norm_backward(
         result = torch.empty((groups, n), dtype=param_dtype, device=x.device)
         if direct:
             return result, result
-        return result, torch.empty((groups, share.parts, n), dtype=_accumulation_dtype(x), device=x.device)
+        return result, torch.empty((groups, share.parts, n), dtype=accumulation_dtype(x), device=x.device)
 
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_dx else None
     dw, dw_partial = parameter_gradient(need_dw)
     db, db_partial = parameter_gradient(need_db)
     kernel = norm_backward_looped_kernel if config.looped else norm_backward_kernel
-    with _on_device_of(x):
+    with on_device_of(x):
         kernel[(groups * share.parts,)](
             dy,
             x,
@@ -586,56 +584,5 @@ def norm_backward(
             **COMPILE_OPTIONS,
         )
         if (need_dw or need_db) and not direct:
-            config = launch.reduce_launch(n, share.parts, _warp_size(x.device))
-            norm_backward_reduce_kernel[(-(-n // config.block_n), groups)](
-                dw_partial,
-                db_partial,
-                dw,
-                db,
-                share.parts,
-                n,
-                FP64=fp64,
-                ALIGN_N=launch.alignment(n),
-                PARTS=config.rows,
-                BLOCK_N=config.block_n,
-                num_warps=config.num_warps,
-                **COMPILE_OPTIONS,
-            )
+            add_up_partials(dw_partial, db_partial, dw, db, groups, share.parts, n)
     return dx, dw, db
-
-
-# --------------------------------------------------------------------------------------------- what the launchers share
-
-
-def _accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _row_stride(t: Tensor, n: int) -> int:
-    """Elements from one row to the next."""
-    return n if t.is_contiguous() else t.stride(0)
-
-
-def _group_stride(parameter: Tensor | None, n: int) -> int:
-    """Elements from one group's weight or bias to the next's; 0 where all groups share it, or there is one."""
-    return 0 if parameter is None or parameter.numel() == n else n
-
-
-def _float_bits(value: float, fp64: bool) -> int:
-    """The bits of ``value`` as fp64 or fp32: Triton hands a Python float over as fp32 whatever it is needed for."""
-    floating, integer = ("<d", "<q") if fp64 else ("<f", "<i")
-    return struct.unpack(integer, struct.pack(floating, value))[0]
-
-
-@functools.cache
-def _warp_size(device: torch.device) -> int:
-    """Lanes of a warp: 64 on AMD's data-centre GPUs. Triton takes 32 on XPU, and the interpreter has none."""
-    return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
-
-
-def _on_device_of(t: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device: make it the tensor's, where it is not."""
-    if t.device.type == "cpu":  # the interpreter
-        return contextlib.nullcontext()
-    backend = getattr(torch, t.device.type)
-    return contextlib.nullcontext() if backend.current_device() == t.device.index else backend.device(t.device)
