@@ -996,13 +996,14 @@ BUILDS = [
 BUILDS += [Build(pass_, WIDEST[pass_][2], 2, param_size=4) for pass_ in WIDEST]
 BUILDS += [Build("reduce", 1024, 4), Build("reduce", 65536, 2)]
 # Of double backward as few as tell: the classes that fill their registers, on every target.
-BUILDS += [Build("double_backward", n, 4) for n in (64, 4096, 65536)]
-BUILDS += [Build("double_backward", n, 2, param_size=4) for n in (8192, 65536)]
-BUILDS += [Build("double_backward", 8192, 2), Build("double_backward", 8192, 2, True), Build("jvp", 65536, 2)]
+DOUBLE_WIDEST = launch.DOUBLE_BACKWARD_WHOLE_ROW
+BUILDS += [Build("double_backward", n, 4) for n in (64, DOUBLE_WIDEST[4], 65536)]
+BUILDS += [Build("double_backward", n, 2, param_size=4) for n in (DOUBLE_WIDEST[2], 65536)]
+BUILDS += [Build("double_backward", DOUBLE_WIDEST[2], 2, rms) for rms in (False, True)] + [Build("jvp", 65536, 2)]
 SM_90_BUILDS = [Build(pass_, n, 8) for pass_ in WIDEST for n in (64, WIDEST[pass_][8], 65536)]
 SM_90_BUILDS += [Build(p, n, size) for p in WIDEST for n in (1024, 4096) for size in (4, 2)]
 SM_90_BUILDS += [Build(pass_, 65536, 2, param_size=4) for pass_ in WIDEST]
-SM_90_BUILDS += [Build("double_backward", n, 8) for n in (64, launch.DOUBLE_BACKWARD_WHOLE_ROW[8], 65536)]
+SM_90_BUILDS += [Build("double_backward", n, 8) for n in (64, DOUBLE_WIDEST[8], 65536)]
 SM_90_BUILDS += [Build("double_backward", 4096, 2), Build("double_backward", 65536, 4, True), Build("jvp", 8192, 2)]
 
 
