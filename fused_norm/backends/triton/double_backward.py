@@ -58,21 +58,21 @@ def _xhat(x, mean, rstd, ok, IS_RMS: tl.constexpr):
 
 
 @triton.jit
-def _p(u, xhat, a, mean_u, ok, IS_RMS: tl.constexpr):
-    """p = u - mean_n(u) - xhat*a, and zero where there is no element."""
+def _pu(u, xhat, a, mean_u, rstd, ok, IS_RMS: tl.constexpr):
+    """P(u) = rstd*p with p = u - mean_n(u) - xhat*a, and zero where there is no element."""
     if IS_RMS:
-        return u - xhat * a
+        return rstd * (u - xhat * a)
     else:
-        return tl.where(ok, u - xhat * a - mean_u, 0.0)
+        return tl.where(ok, rstd * (u - xhat * a - mean_u), 0.0)
 
 
 @triton.jit
-def _grad_dy(p, xhat, rstd, weight_ptr, ddw_ptr, ddb_ptr, cols, col_ok, ACC: tl.constexpr):
-    """w*rstd*p + v*xhat + c; p is None for zeros."""
-    if p is None:
+def _grad_dy(pu, xhat, weight_ptr, ddw_ptr, ddb_ptr, cols, col_ok, ACC: tl.constexpr):
+    """w*P(u) + v*xhat + c; pu is None for zeros."""
+    if pu is None:
         grad_dy = xhat * _parameter(ddw_ptr, cols, col_ok, ACC)
     else:
-        grad_dy = p * rstd
+        grad_dy = pu
         if weight_ptr is not None:
             grad_dy = grad_dy * _parameter(weight_ptr, cols, col_ok, ACC)
         if ddw_ptr is not None:
@@ -92,15 +92,15 @@ def _g(dy, weight_ptr, cols, col_ok, ACC: tl.constexpr):
 
 
 @triton.jit
-def _t(p, xhat, dy, g, rstd, a, b, ddw_ptr, cols, col_ok, ACC: tl.constexpr):
-    """t = v*dy - rstd*(b*(p + xhat*a) + a*g), that is with u - mean_n(u) for u; p is None for zeros.
+def _t(pu, xhat, dy, g, a_rstd, b, ddw_ptr, cols, col_ok, ACC: tl.constexpr):
+    """t = v*dy - rstd*(b*u + a*g) with u - mean_n(u) for u, which is p + xhat*a; pu is None for zeros.
 
-    A constant added to t changes no result, and p is what a program still holds of u.
+    A constant added to t changes no result, and P(u) is what a program still holds of u.
     """
-    if p is None:
+    if pu is None:
         t = dy * _parameter(ddw_ptr, cols, col_ok, ACC)
     else:
-        t = -rstd * (b * (p + xhat * a) + a * g)
+        t = -(b * (pu + xhat * a_rstd) + a_rstd * g)
         if ddw_ptr is not None:
             t = t + dy * _parameter(ddw_ptr, cols, col_ok, ACC)
     return t
@@ -190,27 +190,28 @@ def norm_double_backward_kernel(
             mean = tl.load(stats_ptr + total_rows + row, mask=row_ok, other=0.0)[:, None]
         xhat = _xhat(x, mean, rstd, ok, IS_RMS)
 
-        p, a, b, g, mean_u = None, None, None, None, None
+        pu, a_rstd, b, g, mean_u = None, None, None, None, None
         if ddx_ptr is not None:
             a = mean_of(tl.sum(u * xhat, axis=1), n, one_nth)[:, None]
             if not IS_RMS:
                 mean_u = mean_of(tl.sum(u, axis=1), n, one_nth)[:, None]
             if grad_x_ptr is not None:
                 b = mean_of(tl.sum(_g(dy, weight_ptr, cols, col_ok, ACC) * xhat, axis=1), n, one_nth)[:, None]
-            p = _p(u, xhat, a, mean_u, ok, IS_RMS)
+            pu = _pu(u, xhat, a, mean_u, rstd, ok, IS_RMS)
+            a_rstd = a * rstd
         if grad_dy_ptr is not None:
-            grad_dy = _grad_dy(p, xhat, rstd, weight_ptr, ddw_ptr, ddb_ptr, cols, col_ok, ACC)
+            grad_dy = _grad_dy(pu, xhat, weight_ptr, ddw_ptr, ddb_ptr, cols, col_ok, ACC)
             tl.store(grad_dy_ptr + row[:, None] * n + cols, grad_dy, mask=ok)
         if grad_w_ptr is not None:
-            grad_w += dy * (rstd * p)
+            grad_w += dy * pu
         if grad_x_ptr is not None:
             if ddx_ptr is not None:
                 g = _g(dy, weight_ptr, cols, col_ok, ACC)  # loads w again, which costs less than the registers for g
-                s = mean_of(tl.sum(p * g, axis=1), n, one_nth)[:, None]
-            t = _t(p, xhat, dy, g, rstd, a, b, ddw_ptr, cols, col_ok, ACC)
+                s = mean_of(tl.sum(pu * g, axis=1), n, one_nth)[:, None]
+            t = _t(pu, xhat, dy, g, a_rstd, b, ddw_ptr, cols, col_ok, ACC)
             along = mean_of(tl.sum(t * xhat, axis=1), n, one_nth)[:, None]
             if ddx_ptr is not None:
-                along += rstd * s
+                along += s
             grad_x = t - xhat * along
             if not IS_RMS:
                 grad_x = grad_x - mean_of(tl.sum(t, axis=1), n, one_nth)[:, None]
@@ -290,7 +291,7 @@ def norm_double_backward_looped_kernel(
         if not IS_RMS:
             mean = tl.load(stats_ptr + total_rows + row, mask=row_ok, other=0.0)[:, None]
 
-        a, b, mean_u = None, None, None
+        a, a_rstd, b, mean_u = None, None, None, None
         if ddx_ptr is not None:
             sum_u = tl.zeros([ROWS, BLOCK_N], ACC)  # a lane for each column of a chunk, added up after the loop
             sum_u_xhat = tl.zeros([ROWS, BLOCK_N], ACC)
@@ -308,13 +309,14 @@ def norm_double_backward_looped_kernel(
                     dy = tl.load(dy_row_ptr + cols, mask=ok, other=0.0, eviction_policy="evict_last").to(ACC)
                     sum_g_xhat += _g(dy, weight_ptr, cols, cols < n, ACC) * xhat
             a = mean_of(tl.sum(sum_u_xhat, axis=1), n, one_nth)[:, None]
+            a_rstd = a * rstd
             if not IS_RMS:
                 mean_u = mean_of(tl.sum(sum_u, axis=1), n, one_nth)[:, None]
             if grad_x_ptr is not None:
                 b = mean_of(tl.sum(sum_g_xhat, axis=1), n, one_nth)[:, None]
 
         if grad_x_ptr is not None:
-            sum_p_g = tl.zeros([ROWS, BLOCK_N], ACC)
+            sum_pu_g = tl.zeros([ROWS, BLOCK_N], ACC)
             sum_t = tl.zeros([ROWS, BLOCK_N], ACC)
             sum_t_xhat = tl.zeros([ROWS, BLOCK_N], ACC)
             for start in range(0, n, BLOCK_N):
@@ -323,20 +325,20 @@ def norm_double_backward_looped_kernel(
                 x = tl.load(x_row_ptr + cols, mask=ok, other=0.0, eviction_policy="evict_last").to(ACC)
                 dy = tl.load(dy_row_ptr + cols, mask=ok, other=0.0, eviction_policy="evict_last").to(ACC)
                 xhat = _xhat(x, mean, rstd, ok, IS_RMS)
-                p = None
+                pu = None
                 g = None
                 if ddx_ptr is not None:
                     u = tl.load(u_row_ptr + cols, mask=ok, other=0.0, eviction_policy="evict_last").to(ACC)
-                    p = _p(u, xhat, a, mean_u, ok, IS_RMS)
+                    pu = _pu(u, xhat, a, mean_u, rstd, ok, IS_RMS)
                     g = _g(dy, weight_ptr, cols, cols < n, ACC)
-                    sum_p_g += p * g
-                t = _t(p, xhat, dy, g, rstd, a, b, ddw_ptr, cols, cols < n, ACC)
+                    sum_pu_g += pu * g
+                t = _t(pu, xhat, dy, g, a_rstd, b, ddw_ptr, cols, cols < n, ACC)
                 sum_t_xhat += t * xhat
                 if not IS_RMS:
                     sum_t += t
             along = mean_of(tl.sum(sum_t_xhat, axis=1), n, one_nth)[:, None]
             if ddx_ptr is not None:
-                along += rstd * mean_of(tl.sum(sum_p_g, axis=1), n, one_nth)[:, None]
+                along += mean_of(tl.sum(sum_pu_g, axis=1), n, one_nth)[:, None]
             if not IS_RMS:
                 mean_t = mean_of(tl.sum(sum_t, axis=1), n, one_nth)[:, None]
 
@@ -345,27 +347,27 @@ def norm_double_backward_looped_kernel(
             ok = row_ok[:, None] & (cols < n)
             x = tl.load(x_row_ptr + cols, mask=ok, other=0.0, eviction_policy="evict_first").to(ACC)
             xhat = _xhat(x, mean, rstd, ok, IS_RMS)
-            p = None
+            pu = None
             g = None
             if ddx_ptr is not None:
                 u = tl.load(u_row_ptr + cols, mask=ok, other=0.0, eviction_policy="evict_first").to(ACC)
-                p = _p(u, xhat, a, mean_u, ok, IS_RMS)
+                pu = _pu(u, xhat, a, mean_u, rstd, ok, IS_RMS)
             if dy_ptr is not None:
                 dy = tl.load(dy_row_ptr + cols, mask=ok, other=0.0, eviction_policy="evict_first").to(ACC)
             if grad_dy_ptr is not None:
-                grad_dy = _grad_dy(p, xhat, rstd, weight_ptr, ddw_ptr, ddb_ptr, cols, cols < n, ACC)
+                grad_dy = _grad_dy(pu, xhat, weight_ptr, ddw_ptr, ddb_ptr, cols, cols < n, ACC)
                 tl.store(grad_dy_ptr + row[:, None] * n + cols, grad_dy, mask=ok)
             if grad_x_ptr is not None:
                 if ddx_ptr is not None:
                     g = _g(dy, weight_ptr, cols, cols < n, ACC)
-                grad_x = _t(p, xhat, dy, g, rstd, a, b, ddw_ptr, cols, cols < n, ACC) - xhat * along
+                grad_x = _t(pu, xhat, dy, g, a_rstd, b, ddw_ptr, cols, cols < n, ACC) - xhat * along
                 if not IS_RMS:
                     grad_x = grad_x - mean_t
                 tl.store(grad_x_ptr + row[:, None] * n + cols, grad_x * rstd, mask=ok)
             if grad_w_ptr is not None:
                 flat_cols = start + tile_cols
                 partial = tl.program_id(0).to(tl.int64) * n + flat_cols
-                added = sum_rows(dy * (rstd * p), ROWS, BLOCK_N)
+                added = sum_rows(dy * pu, ROWS, BLOCK_N)
                 add_partial(grad_w_ptr + partial, added, flat_cols < n, first == begin)
         if grad_w_ptr is not None:
             tl.debug_barrier()  # the next tile reads partial sums that other threads of this program may have written
