@@ -2,8 +2,8 @@
 
 Three functions, each the derivative of the one before: :class:`Norm`, :class:`NormBackward`,
 :class:`NormDoubleBackward`. Each runs one kernel of the backend, and each has a rule for reverse mode, forward mode
-(``jvp``) and ``vmap``; so double backward, forward over reverse, Hessians and per-sample gradients run on kernels too.
-Derivatives beyond the second take the reference's explicit formulas. The mathematics is in docs/math.md.
+(``jvp``) and ``vmap``; so double backward, forward over reverse, reverse over forward, Hessians and per-sample gradients run on kernels too.
+Forward over forward and derivatives beyond the second take the reference's explicit formulas. The mathematics is in docs/math.md.
 
 ``vmap`` folds its batch into the rows: a tensor of rows gains a leading dimension, and parameters that differ from one
 example to the next become groups (:mod:`fused_norm.backends`). How many groups there are is read from sizes: a
@@ -360,7 +360,8 @@ class NormDoubleBackward(_Function):
     """(grad_dy, grad_x, grad_w): the gradients of :class:`NormBackward`; what is not needed is None.
 
     ``ddx``, ``ddw``, ``ddb`` reach its results and may be None. With ``need_ddy`` alone, and ``dy`` None, it is the
-    derivative of y in their direction. Its own derivatives are those of the reference's formulas.
+    derivative of y in their direction, whose own backward runs on kernels; all other derivatives are those of the
+    reference's formulas.
     """
 
     @staticmethod
@@ -371,63 +372,76 @@ class NormDoubleBackward(_Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, _stats, weight = inputs[:7]
         ctx.options = inputs[7:]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, weight)
+        ctx.save_for_backward(*inputs[:7])
         if transforms_active():
-            ctx.save_for_forward(*tensors, weight)
+            ctx.save_for_forward(*inputs[:7])
 
     @staticmethod
-    def _formula(ctx, saved):
-        """The saved tensors that there are, their places, and the results as a differentiable function of them.
+    def backward(ctx, grad_ddy, *grads):
+        if ctx.options[4] and ctx.saved_tensors[3] is None:
+            return NormDoubleBackward._backward_of_derivative(ctx, grad_ddy)
+        inputs, places, outputs, vjp = NormDoubleBackward._formula(ctx.saved_tensors, ctx.options)
+        given = [grad for grad, needed in zip((grad_ddy, *grads), ctx.options[4:7], strict=True) if needed]
+        given = [torch.zeros_like(o) if g is None else g.view(o.shape) for g, o in zip(given, outputs, strict=True)]
+        result: list[Tensor | None] = [None] * 15
+        for place, grad in zip(places, vjp(tuple(given)), strict=True):
+            result[place] = grad
+        return tuple(result)
 
-        ``saved`` are ddx, ddw, ddb, dy, x and weight.
-        """
-        n, eps, rms, dtype, need_ddy, need_dx, dw_groups, _ = ctx.options
-        places = [i for i, t in enumerate(saved) if t is not None]
+    @staticmethod
+    def _backward_of_derivative(ctx, s):
+        """Of y's derivative J(ddx, ddw, ddb): J is backward's transpose, and <s, J(..)> = <backward(s), (..)>."""
+        ddx, ddw, ddb, _, x, stats, weight = ctx.saved_tensors
+        n, eps, rms, dtype, _, _, _, backend = ctx.options
+        if s is None:
+            return (None,) * 15
+        need_ddx, need_ddw, need_ddb, _, need_x, _, need_w = ctx.needs_input_grad[:7]
+        result: list[Tensor | None] = [None] * 15
+        if need_ddx or need_ddw or need_ddb:
+            groups = [p.numel() // n if need else 0 for p, need in ((ddw, need_ddw), (ddb, need_ddb))]
+            grads = NormBackward.call(s, x, stats, weight, n, eps, rms, dtype, need_ddx, *groups, backend)
+            for i, (grad, t) in enumerate(zip(grads, (ddx, ddw, ddb), strict=True)):
+                result[i] = None if grad is None else grad.view(t.shape)
+        if need_x or need_w:
+            groups = weight.numel() // n if need_w else 0
+            _, result[4], grad_w = NormDoubleBackward.call(
+                ddx, ddw, ddb, s, x, stats, weight, n, eps, rms, dtype, False, need_x, groups, backend
+            )
+            result[6] = None if grad_w is None else grad_w.view(weight.shape)
+        return tuple(result)
+
+    @_jvp_rule
+    def jvp(ctx, saved, *tangents):
+        inputs, places, outputs, vjp = NormDoubleBackward._formula(saved, ctx.options)
+        given = [tangents[place] for place in places]
+        given = [torch.zeros_like(p) if t is None else t for p, t in zip(inputs, given, strict=True)]
+        # Forward mode does not nest here: J v as the derivative of u -> J^T u, which is linear.
+        _, transposed = torch.func.vjp(vjp, tuple(torch.zeros_like(o) for o in outputs))
+        (result,) = transposed(tuple(given))
+        result = iter(result)
+        return tuple(next(result) if needed else None for needed in ctx.options[4:7])
+
+    @staticmethod
+    def _formula(saved, options):
+        """The reference's formulas: the inputs there are, their places among forward's, the outputs, and the vjp."""
+        n, eps, rms, dtype, need_ddy, need_dx, dw_groups, _ = options
+        places = [i for i, t in enumerate(saved) if t is not None and i != 5]  # 5: stats, which follows from x
 
         def formula(*tensors: Tensor) -> tuple[Tensor, ...]:
             full: list[Tensor | None] = [None] * len(saved)
-            for i, t in zip(places, tensors, strict=True):
-                full[i] = t
-            *before, x, weight = full
+            for place, t in zip(places, tensors, strict=True):
+                full[place] = t
+            *before, x, _, weight = full
             _, stats = reference.norm_forward(x, None, None, n, 1, eps, rms, True)
             results = _norm_double_backward(
                 *(*before, x, stats, weight, n, rms, dtype, need_ddy, need_dx, dw_groups, reference)
             )
             return tuple(r for r in results if r is not None)
 
-        return [saved[i] for i in places], places, formula
-
-    @staticmethod
-    def backward(ctx, *grads):
-        tensors, places, formula = NormDoubleBackward._formula(ctx, ctx.saved_tensors)
-        outputs, vjp = torch.func.vjp(formula, *tensors)
-        needed = [ctx.options[4], ctx.options[5], bool(ctx.options[6])]
-        given = iter(outputs)
-        cotangents = []
-        for grad, is_output in zip(grads, needed, strict=True):
-            if is_output:
-                output = next(given)
-                cotangents.append(torch.zeros_like(output) if grad is None else grad.reshape(output.shape))
-        result: list[Tensor | None] = [None] * 15
-        for i, grad in zip(places, vjp(tuple(cotangents)), strict=True):
-            result[i if i < 5 else 6] = grad
-        return tuple(result)
-
-    @_jvp_rule
-    def jvp(ctx, saved, *tangents):
-        tensors, places, formula = NormDoubleBackward._formula(ctx, saved)
-        given = [tangents[i if i < 5 else 6] for i in places]
-        given = [torch.zeros_like(p) if t is None else t for p, t in zip(tensors, given, strict=True)]
-        # Forward mode does not nest here: J v as the derivative of u -> J^T u, which is linear.
-        outputs, vjp = torch.func.vjp(formula, *tensors)
-        _, transposed = torch.func.vjp(vjp, tuple(torch.zeros_like(o) for o in outputs))
-        (result,) = transposed(tuple(given))
-        result = iter(result)
-        needed = [ctx.options[4], ctx.options[5], bool(ctx.options[6])]
-        return tuple(next(result) if is_output else None for is_output in needed)
+        inputs = [saved[place] for place in places]
+        return inputs, places, *torch.func.vjp(formula, *inputs)
 
     @staticmethod
     def vmap(
