@@ -2,8 +2,9 @@
 
 Three functions, each the derivative of the one before: :class:`Norm`, :class:`NormBackward`,
 :class:`NormDoubleBackward`. Each runs one kernel of the backend, and each has a rule for reverse mode, forward mode
-(``jvp``) and ``vmap``; so double backward, forward over reverse, reverse over forward, Hessians and per-sample gradients run on kernels too.
-Forward over forward and derivatives beyond the second take the reference's explicit formulas. The mathematics is in docs/math.md.
+(``jvp``) and ``vmap``; so double backward, forward over reverse, reverse over forward, Hessians and per-sample
+gradients run on kernels too. Forward over forward and derivatives beyond the second take the reference's explicit
+formulas. The mathematics is in docs/math.md.
 
 ``vmap`` folds its batch into the rows: a tensor of rows gains a leading dimension, and parameters that differ from one
 example to the next become groups (:mod:`fused_norm.backends`). How many groups there are is read from sizes: a
