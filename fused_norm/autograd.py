@@ -24,12 +24,14 @@ from torch import Tensor
 from . import reference
 
 _reshape_fresh = torch.ops.aten._unsafe_view.default
-_peek_functorch = torch._C._functorch.peek_interpreter_stack
+_functorch_active = torch._C._are_functorch_transforms_active
+_is_compiling = torch.compiler.is_compiling
+_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def transforms_active() -> bool:
     """Whether a torch.func transform, vmap or forward-mode AD is under way, which kernels cannot see."""
-    return _peek_functorch() is not None or fwAD._current_level >= 0
+    return _functorch_active() or fwAD._current_level >= 0
 
 
 def resolve(t: Tensor) -> Tensor:
@@ -79,9 +81,9 @@ class _Function(torch.autograd.Function):
     @classmethod
     def call(cls, *args):
         """``apply`` without what it spends on binding the arguments to forward's signature, outside torch.func."""
-        if _peek_functorch() is None:
-            return super(torch.autograd.Function, cls).apply(*args)
-        return cls.apply(*args)
+        if _functorch_active() or _is_compiling():  # Dynamo, which may come upon a rule, knows `apply` alone
+            return cls.apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)
 
 
 def _jvp_rule(rule: Callable) -> staticmethod:
@@ -93,7 +95,7 @@ def _jvp_rule(rule: Callable) -> staticmethod:
 
     @functools.wraps(rule)
     def jvp(ctx, *tangents):
-        if _peek_functorch() is None:
+        if not _functorch_active():
             return rule(ctx, ctx.saved_tensors, *tangents)
         saved = [None if t is None else fwAD.unpack_dual(t).primal for t in ctx.saved_tensors]
         with fwAD._set_fwd_grad_enabled(True):
@@ -103,6 +105,11 @@ def _jvp_rule(rule: Callable) -> staticmethod:
 
 
 # -------------------------------------------------------------------------------------------------- running the kernels
+
+
+def _kernels(backend: ModuleType, *tensors: Tensor | None) -> ModuleType:
+    """``backend``, or the reference for tensors of ``is_grads_batched=True``, an older vmap that asks for no rule."""
+    return reference if any(t is not None and _is_legacy_batched(t) for t in tensors) else backend
 
 
 def norm_forward(
@@ -138,6 +145,7 @@ def _norm_backward(
     backend: ModuleType,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Run the backend's backward. ``dw_groups`` and ``db_groups`` are the numbers of rows of dw and db, 0 for none."""
+    backend = _kernels(backend, dy)
     groups = max(_groups(weight, n), dw_groups, db_groups)
     rows, dy, weight = as_rows(x, n), as_rows(dy, n), _spread(weight, n, groups)
     dx, dw, db = backend.norm_backward(
@@ -168,6 +176,7 @@ def _norm_double_backward(
     backend: ModuleType,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Run the backend's double backward. ``dw_groups`` is the number of rows of grad_w, 0 for none."""
+    backend = _kernels(backend, ddx, ddw, ddb, dy)
     groups = max(*(_groups(p, n) for p in (weight, ddw, ddb)), dw_groups)
     rows, weight, ddw, ddb = as_rows(x, n), *(_spread(dense(p), n, groups) for p in (weight, ddw, ddb))
     ddx, dy = (None if t is None else as_rows(t, n) for t in (ddx, dy))
@@ -383,7 +392,7 @@ class NormDoubleBackward(_Function):
     def backward(ctx, grad_ddy, *grads):
         if ctx.options[4] and ctx.saved_tensors[3] is None:
             return NormDoubleBackward._backward_of_derivative(ctx, grad_ddy)
-        inputs, places, outputs, vjp = NormDoubleBackward._formula(ctx.saved_tensors, ctx.options)
+        _, places, outputs, vjp = NormDoubleBackward._formula(ctx.saved_tensors, ctx.options)
         given = [grad for grad, needed in zip((grad_ddy, *grads), ctx.options[4:7], strict=True) if needed]
         given = [torch.zeros_like(o) if g is None else g.view(o.shape) for g, o in zip(given, outputs, strict=True)]
         result: list[Tensor | None] = [None] * 15

@@ -102,11 +102,13 @@ def compile_plan(op: str, device_type: str) -> str:
     return _plan(op, device_type, _latest)
 
 
-@torch.compiler.assume_constant_result
 def _plan(op: str, device_type: str, latest: str) -> str:
     module = select(op, device_type)
     name = "torch" if module is None else module.__name__.rpartition(".")[2]
     return f"{name} {__version__}"
+
+
+_plan._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, which imports all of Dynamo to do this
 
 
 @contextlib.contextmanager

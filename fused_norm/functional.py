@@ -99,6 +99,8 @@ def _norm(
 ) -> Tensor:
     """Both norms: ``public`` is the function the user called, whose place a torch function mode may take."""
     if _is_compiling() and not _is_exporting():
+        if transforms_active():  # torch.func takes no derivative of an operator, and gives zeros without a word
+            return _checked_norm(rms, x, shape, weight, bias, eps, by_formulas=True)
         plan = dispatch.compile_plan("norm", x.device.type)
         return _rms_norm_op(x, shape, weight, eps, plan) if rms else _layer_norm_op(x, shape, weight, bias, eps, plan)
     if (
@@ -124,9 +126,12 @@ def _checked_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float | None,
-    in_operator: bool = False,
+    by_formulas: bool = False,
 ) -> Tensor:
-    """Both norms of strided tensors that no one else is to see first: check, choose a backend, run it."""
+    """Both norms of strided tensors that no one else is to see first: check, choose a backend, run it.
+
+    ``by_formulas``: in traceable operations instead.
+    """
     n = _row_length(rms, x, shape, weight, bias)
     if n is None or type(eps) not in (float, int):
         if n is None or eps is not None or not rms:
@@ -139,13 +144,13 @@ def _checked_norm(
     if weight is not None or bias is not None:
         weight, bias = _checked_params(rms, x, shape, weight, bias)
 
-    backend = dispatch.select("norm", device_type)
+    if by_formulas and x.numel():
+        return reference.norm_forward(x, weight, bias, n, 1, eps, rms, False)[0]
+    backend = None if by_formulas else dispatch.select("norm", device_type)
     if backend is None or x.numel() == 0:
         return _torch_norm(rms, x, shape, weight, bias, eps)
-    transformed = transforms_active()
-    if transformed and in_operator:  # a Function called from an operator is out of the transform's sight
-        return reference.norm_forward(x, weight, bias, n, 1, eps, rms, False)[0]
-    if transformed or (
+    weight, bias = dense(weight), dense(bias)
+    if transforms_active() or (
         torch.is_grad_enabled()
         and (
             x.requires_grad
@@ -163,7 +168,7 @@ def _compiled_norm(rms: bool, x, shape, weight, bias, eps, plan: str) -> Tensor:
     if any(t is not None and type(t) not in traced for t in (x, weight, bias)) or x.layout is not torch.strided:
         return _torch_norm(rms, x, shape, weight, bias, eps)
     with dispatch.planned(plan):
-        return _checked_norm(rms, x, tuple(map(int, shape)), weight, bias, eps, in_operator=True)
+        return _checked_norm(rms, x, tuple(map(int, shape)), weight, bias, eps)
 
 
 # Under torch.compile a call is one operator to Dynamo, which could trace neither the choice of a backend nor a Function
@@ -256,7 +261,7 @@ def _checked_params(
                 f"{name} is {p.dtype}, input is {x.dtype}: parameters must have input's dtype,"
                 " or float32 for bfloat16 and float16"
             )
-    return dense(weight), dense(bias)
+    return weight, bias
 
 
 def ticks_loss(

@@ -236,16 +236,18 @@ def test_a_second_backward_through_the_kept_graph(op: str, place) -> None:
 
 
 @both_ops
-def test_batched_gradients(op: str, kernels_only) -> None:
-    """``is_grads_batched`` runs backward under vmap."""
-    upstream = torch.randn(5, 4, 7, dtype=torch.float64, device=kernels_only.device)
-    inputs = _three(kernels_only.device)[: 3 if op == "layer_norm" else 2]
-    results = []
-    for namespace in (FF, composite):
-        leaves = [leaf(t) for t in inputs]
-        y = call(op, namespace, leaves[0], (7,), *leaves[1:])
-        results.append(torch.autograd.grad(y, leaves, upstream, is_grads_batched=True))
-    _close(*results)
+def test_batched_gradients(op: str, place) -> None:
+    """``is_grads_batched`` runs backward under an older vmap, whose tensors have no memory a kernel could read."""
+    upstream = torch.randn(5, 4, 7, dtype=torch.float64, device=place.device)
+    inputs = _three(place.device)[: 3 if op == "layer_norm" else 2]
+    for create_graph in (False, True):
+        results = []
+        for namespace in (FF, composite):
+            leaves = [leaf(t) for t in inputs]
+            y = call(op, namespace, leaves[0], (7,), *leaves[1:])
+            options = {"is_grads_batched": True, "create_graph": create_graph}
+            results.append(torch.autograd.grad(y, leaves, upstream, **options))
+        _close(*results)
 
 
 # ------------------------------------------------------------------------------------------------------ forward mode
