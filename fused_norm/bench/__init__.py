@@ -2,7 +2,7 @@
 
 ``cases`` holds the operations, the shapes and the bytes each pass must move; ``providers`` the implementations
 compared; ``gate`` decides whether a provider's answer is right; ``timing`` measures; ``environment`` describes the
-machine; ``run`` puts them together. Only torch is needed: tqdm, triton and liger-kernel are used where installed.
+machine; ``run`` puts them together. Only torch is needed: triton and liger-kernel are used where installed.
 """
 
 from __future__ import annotations

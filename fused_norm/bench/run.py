@@ -7,7 +7,6 @@ import csv
 import json
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..progress import Progress
 from . import cases, environment, gate, timing
 from .cases import DTYPES, OPS, PASSES, Inputs, Op
 from .providers import BASELINE, DEFAULT_PROVIDERS, PROVIDERS, NormCall, Provider
@@ -86,33 +86,6 @@ class Sink:
     def _write(self, values: list[str]) -> None:
         self.writer.writerow(values)
         self.file.flush()
-
-
-class Progress:
-    """tqdm where it is installed, one plain line a step where not; on standard error."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.done, self.begin = total, 0, time.perf_counter()
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            self.bar = None
-        else:
-            quiet = not sys.stderr.isatty()
-            self.bar = tqdm(total=total, file=sys.stderr, unit="case", mininterval=15 if quiet else 0.5, ncols=100)
-
-    def step(self, what: str) -> None:
-        self.done += 1
-        if self.bar is not None:
-            self.bar.set_description(what, refresh=False)
-            self.bar.update()
-        else:
-            elapsed = time.perf_counter() - self.begin
-            print(f"[{self.done}/{self.total} {elapsed:.0f} s] {what}", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
 
 
 def prepare(pass_name: str, call: NormCall, inputs: Inputs) -> Callable[[], object]:
@@ -390,7 +363,7 @@ def main(argv: list[str] | None = None) -> int:
         if reason is not None:
             print(f"skipped: {name}: {reason}")
             sink.add(Row("all", "all", "all", "", "", name, "skipped", reason=reason))
-    progress = Progress(len(args.op) * len(args.dtype) * len(args.shapes) * len(args.passes))
+    progress = Progress(len(args.op) * len(args.dtype) * len(args.shapes) * len(args.passes), quiet_seconds=15)
     status, text = 0, ""
     try:
         left = run(args, sink, progress, [PROVIDERS[name] for name, reason in reasons.items() if reason is None])
