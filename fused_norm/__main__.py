@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import platform
 import sys
-from xml.etree import ElementTree
 
 import torch
 
@@ -51,59 +49,13 @@ def report() -> int:
     return 1 if failures else 0
 
 
-def _write_junit(path: str, results: list[tuple[testing.GradCheck, str | None, float]]) -> None:
-    suite = ElementTree.Element(
-        "testsuite",
-        name="fused_norm gradcheck",
-        tests=str(len(results)),
-        failures=str(sum(failure is not None for _, failure, _ in results)),
-        time=f"{sum(seconds for *_, seconds in results):.3f}",
-    )
-    for check, failure, seconds in results:
-        case = ElementTree.SubElement(
-            suite, "testcase", classname=f"{check.op}.{check.backend}", name=str(check), time=f"{seconds:.3f}"
-        )
-        if failure is not None:
-            ElementTree.SubElement(case, "failure", message=failure)
-    ElementTree.ElementTree(suite).write(path, encoding="utf-8", xml_declaration=True)
-
-
-def gradcheck(argv: list[str]) -> int:
-    """Check the gradients of every operation on every backend; exit status 0 if all are right."""
-    parser = argparse.ArgumentParser(prog="python -m fused_norm gradcheck", description=gradcheck.__doc__)
-    parser.add_argument(
-        "--device", action="append", help="device type, such as cuda; may be repeated; default: all present"
-    )
-    parser.add_argument(
-        "--backend", action="append", choices=dispatch.BACKENDS, help="may be repeated; default: all available"
-    )
-    parser.add_argument("--junit", metavar="FILE", help="write the results as JUnit XML")
-    options = parser.parse_args(argv)
-    if missing := set(options.device or ()) - set(dispatch.device_types()):
-        parser.error(f"no {', '.join(sorted(missing))} device here; there is {', '.join(dispatch.device_types())}")
-    checks = list(testing.gradchecks(options.device, options.backend))
-    results = []
-    for done in testing.run_gradchecks(checks):
-        results.append(done)
-        check, failure, seconds = done
-        print(
-            f"[{len(results)}/{len(checks)}] {'ok  ' if failure is None else 'FAIL'} {check} ({seconds:.2f} s)",
-            flush=True,
-        )
-        if failure is not None:
-            print(f"    {failure}")
-    if options.junit:
-        _write_junit(options.junit, results)
-    failed = sum(failure is not None for _, failure, _ in results)
-    print(f"{len(results) - failed} passed, {failed} failed")
-    return 1 if failed or not results else 0
-
-
 def main(argv: list[str]) -> int:
     """Dispatch to the sub-command; without one print the report."""
     if not argv:
         return report()
     if argv[0] == "gradcheck":
+        from .gradcheck import main as gradcheck
+
         return gradcheck(argv[1:])
     if argv[0] == "bench":
         from .bench.run import main as bench

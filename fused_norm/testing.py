@@ -1,15 +1,34 @@
-"""What our tests and a user's CI check with: the fp64 truth, error measures, and how large an error may be."""
+"""What our tests and a user's CI check with: the fp64 truth, error measures, how large an error may be, and the
+gradient checks of ``python -m fused_norm gradcheck``.
+
+The checks, in a CI of yours::
+
+    from fused_norm.testing import gradchecks, run_gradchecks
+
+    for check, failure, seconds in run_gradchecks(list(gradchecks(devices=["cuda"]))):
+        assert failure is None, f"{check}: {failure}"
+"""
 
 from __future__ import annotations
 
 import itertools
+import math
+import re
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+import traceback
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError
 
 from . import dispatch, reference
 from . import functional as FF
@@ -82,16 +101,44 @@ def typical_rounding(dtype: torch.dtype) -> float:
     return 0.4 * torch.finfo(dtype).eps / 2
 
 
+def _rounding(truth: Tensor, dtype: torch.dtype) -> float:
+    return max(one_rounding(truth, dtype), typical_rounding(dtype))
+
+
 def error_limit(truth: Tensor, dtype: torch.dtype, torch_error: float) -> float:
     """The largest error allowed for y or dx, given torch's own."""
-    rounding = max(one_rounding(truth, dtype), typical_rounding(dtype))
-    return max(TORCH_FACTOR[dtype] * torch_error, ROUNDING_FACTOR[dtype] * rounding)
+    return max(TORCH_FACTOR[dtype] * torch_error, ROUNDING_FACTOR[dtype] * _rounding(truth, dtype))
 
 
 def param_error_limit(truth: Tensor, dtype: torch.dtype, torch_error: float) -> float:
     """The largest error allowed for dw or db, given torch's own, which counts in fp32 and fp64 alone."""
-    rounding = PARAM_ROUNDING_FACTOR[dtype] * max(one_rounding(truth, dtype), typical_rounding(dtype))
+    rounding = PARAM_ROUNDING_FACTOR[dtype] * _rounding(truth, dtype)
     return rounding if dtype in (torch.bfloat16, torch.float16) else max(TORCH_FACTOR[dtype] * torch_error, rounding)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One tensor's error against the truth, and the limit it must keep."""
+
+    name: str
+    error: float
+    limit: float
+    dtype: torch.dtype
+    torch_error: float | None = None
+
+    @property
+    def ratio(self) -> float:
+        return math.inf if math.isnan(self.error) else self.error / self.limit
+
+    def __str__(self) -> str:
+        torch_error = "" if self.torch_error is None else f", torch's error {self.torch_error:.3g}"
+        sign = "<=" if self.ratio <= 1 else ">"
+        return f"{self.name}: error {self.error:.3g} {sign} limit {self.limit:.3g} ({self.dtype}{torch_error})"
+
+
+def _norm_limit(name: str) -> Callable[[Tensor, torch.dtype, float], float]:
+    """The rule for a tensor; y's forward-mode derivative, y', takes about as many roundings as dx."""
+    return param_error_limit if name in ("dw", "db") else error_limit
 
 
 def assert_norm_close(actual: NormResult, truth: NormResult, torch_result: NormResult) -> None:
@@ -102,25 +149,456 @@ def assert_norm_close(actual: NormResult, truth: NormResult, torch_result: NormR
     """
     for name in ("y", "dx", "dw", "db"):
         a, t, ref = getattr(actual, name), getattr(truth, name), getattr(torch_result, name)
-        if a is None:
-            continue
-        torch_error = 0.0 if ref is None else relative_error(ref, t)
-        limit = (error_limit if name in ("y", "dx") else param_error_limit)(t, a.dtype, torch_error)
-        error = relative_error(a, t)
-        assert error <= limit, (
-            f"{name}: error {error:.3g} > limit {limit:.3g} ({a.dtype}, torch's error {torch_error:.3g})"
+        if a is not None:
+            done = _compare(name, a, t, ref, _norm_limit(name))
+            assert done.ratio <= 1, str(done)
+
+
+def _compare(
+    name: str,
+    actual: Tensor,
+    truth: Tensor,
+    torch_result: Tensor | None,
+    limit: Callable[[Tensor, torch.dtype, float], float],
+    torch_counts: float = math.inf,
+) -> Comparison:
+    torch_error = 0.0 if torch_result is None else relative_error(torch_result, truth)
+    allowed = limit(truth, actual.dtype, min(torch_error, torch_counts))
+    return Comparison(name, relative_error(actual, truth), allowed, actual.dtype, torch_error)
+
+
+# ------------------------------------------------------------------------------------------------- what can be checked
+
+#: The relative error allowed in fp64 where two ways to the same derivative are compared: a million roundings, and far
+#: less than any mistake makes.
+FP64_LIMIT = 1e-10
+
+#: The error allowed to the norms in a check, as a multiple of the rules above. Those are for the tests' inputs; here a
+#: few rows are whatever a seed drew, and where their terms cancel, the roundings before count for more. (In bf16 and
+#: fp16 only the last rounding counts; in fp64 the truth has roundings too.)
+SEED_FACTOR = {torch.float32: 2.0, torch.float64: 2.0}
+
+#: torch's own error counts up to so many roundings. On random input it has about 4 at most, in fp64, fp32, bf16 and
+#: fp16, forward mode too; far beyond, torch is wrong, and no excuse for another.
+TORCH_ROUNDINGS = 8.0
+
+#: The limit's multiple in bf16 in Triton's interpreter, which truncates (twice the error) where hardware rounds.
+INTERPRETER_FACTOR = 3.0
+
+#: x's dtype, and the parameters' where it is another.
+_DTYPES = (
+    (torch.float64, None),
+    (torch.float32, None),
+    (torch.bfloat16, None),
+    (torch.float16, None),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+)
+
+
+@dataclass
+class Draw:
+    """Random tensors for one check, the same on every device."""
+
+    generator: torch.Generator
+    device: str
+    dtype: torch.dtype
+    param_dtype: torch.dtype
+
+    def __call__(self, *shape: int, dtype: torch.dtype | None = None, layout: str = "contiguous") -> Tensor:
+        t = torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        if not shape:
+            t = 0.5 + t.abs()  # the upstream gradient of a loss: near zero, fp16 would have few digits of it
+        t = t.to(self.device, dtype or self.dtype)
+        if layout == "row-strided":
+            return F.pad(t, (0, 3))[..., : shape[-1]]
+        if layout == "transposed":
+            return t.mT.contiguous().mT
+        return t
+
+    def param(self, *shape: int) -> Tensor:
+        return self(*shape, dtype=self.param_dtype)
+
+    def like(self, t: Tensor, layout: str) -> Tensor:
+        return self(*t.shape, dtype=t.dtype, layout=layout if t.dim() > 1 else "contiguous")
+
+    def targets(self, *shape: int, classes: int, ignored: int) -> Tensor:
+        """Class indices, the first of which is ``ignored``."""
+        t = torch.randint(classes, shape, generator=self.generator)
+        t.view(-1)[0] = ignored
+        return t.to(self.device)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One drawing of an operation's arguments. ``inputs``, by name, are what is differentiated; the first gives the
+    results' dtype. ``fixed`` is whatever else the operation takes."""
+
+    label: str
+    inputs: dict[str, Tensor]
+    fixed: dict[str, Any] = field(default_factory=dict)
+    layout: str = "contiguous"
+
+
+Tensors = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class TorchLimit:
+    """What torch's own function gets wrong, and so the backend ``torch``: a failure that is expected, if it says so."""
+
+    applies: Callable[[GradCheck], bool]
+    match: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An entry of :data:`OPERATIONS`: all that the checks know of an operation.
+
+    ``samples(mode, slow, draw)`` yields the inputs for a mode (few and small ones if slow). ``call(namespace, sample,
+    **inputs)`` calls the operation in ``fused_norm.functional``, or in ``torch.nn.functional`` if it is there.
+    ``formula(sample, **inputs)`` is the same from elementary operations, whose derivatives of every order torch has
+    right. ``vjp(sample, upstream)`` and ``jvp(sample, tangents)`` are the fp64 truth by explicit formulas: (outputs,
+    then gradients) and (outputs, then their derivatives); without them it is the formula's. ``limit(name)`` is the
+    rule for a tensor's error, by name: an output's, a gradient's (d and the input) or a derivative's (output and ').
+    """
+
+    name: str
+    kernel: str
+    samples: Callable[[str, bool, Draw], Iterator[Sample]]
+    call: Callable[..., Tensor | Tensors]
+    formula: Callable[..., Tensor | Tensors]
+    limit: Callable[[str], Callable[[Tensor, torch.dtype, float], float]]
+    vjp: Callable[[Sample, Tensors], Tensors] | None = None
+    jvp: Callable[[Sample, Tensors], Tensors] | None = None
+    outputs: tuple[str, ...] = ("y",)
+    modes: tuple[str, ...] = ("vjp", "jvp", "gradcheck", "gradgradcheck", "vmap", "hessian")
+    mixed: bool = False  # whether it takes fp32 parameters beside bf16 and fp16 input
+    torch_limits: tuple[TorchLimit, ...] = ()
+
+
+def _norm_samples(rms: bool, mode: str, slow: bool, draw: Draw) -> Iterator[Sample]:
+    if mode in ("vjp", "jvp"):
+        cases = [
+            ((3, 4, 37), 1, "contiguous", True),
+            ((2, 1000), 1, "contiguous", True),
+            ((9, 37), 1, "row-strided", True),
+            ((12, 65), 1, "transposed", True),
+            ((8, 5, 7), 2, "contiguous", True),
+            ((6, 48), 1, "contiguous", False),
+        ]
+        if slow:
+            cases = [((2, 37), 1, "row-strided", True), ((1, 1000), 1, "contiguous", True), *cases[-1:]]
+    elif slow:
+        cases = [((2, 3), 1, "contiguous", True)]
+    else:
+        cases = [((2, 3, 5), 1, "contiguous", True)]
+        if mode != "hessian":
+            cases += [((3, 4), 1, "transposed", True), ((2, 3), 1, "contiguous", False)]
+    for shape, dims, layout, params in cases:
+        normalized = shape[-dims:]
+        inputs = {"x": draw(*shape, layout=layout)}
+        if params:
+            inputs["w"] = draw.param(*normalized)
+        if params and not rms:
+            inputs["b"] = draw.param(*normalized)
+        words = ["x".join(map(str, shape)), *(["rows of 2-D"] if dims > 1 else [])]
+        words += [layout] if layout != "contiguous" else [] if params else ["no parameters"]
+        yield Sample(", ".join(words), inputs, {"shape": normalized, "eps": 1e-5, "rms": rms}, layout)
+
+
+def _norm_call(namespace: ModuleType, sample: Sample, x: Tensor, w: Tensor | None = None, b: Tensor | None = None):
+    shape, eps = sample.fixed["shape"], sample.fixed["eps"]
+    return namespace.rms_norm(x, shape, w, eps) if sample.fixed["rms"] else namespace.layer_norm(x, shape, w, b, eps)
+
+
+def _norm_formula(sample: Sample, x: Tensor, w: Tensor | None = None, b: Tensor | None = None) -> Tensor:
+    dims = tuple(range(-len(sample.fixed["shape"]), 0))
+    centred = x if sample.fixed["rms"] else x - x.mean(dims, keepdim=True)
+    y = centred / ((centred * centred).mean(dims, keepdim=True) + sample.fixed["eps"]).sqrt()
+    y = y if w is None else y * w
+    return y if b is None else y + b
+
+
+def _norm_vjp(sample: Sample, upstream: Tensors) -> Tensors:
+    x, w, b = (sample.inputs.get(name) for name in ("x", "w", "b"))
+    n = math.prod(sample.fixed["shape"])
+    truth = norm_truth(x, w, b, upstream[0], n, sample.fixed["eps"], sample.fixed["rms"])
+    return truth.y, *(getattr(truth, f"d{name}") for name in sample.inputs)
+
+
+def _norm_jvp(sample: Sample, tangents: Tensors) -> Tensors:
+    x, w, b = (_fp64(sample.inputs.get(name)) for name in ("x", "w", "b"))
+    n, rms = math.prod(sample.fixed["shape"]), sample.fixed["rms"]
+    y, stats = reference.norm_forward(x, w, b, n, 1, sample.fixed["eps"], rms, True)
+    dx, dw, db = (*map(_fp64, tangents), None, None)[:3]
+    derivative, _, _ = reference.norm_double_backward(
+        dx, dw, db, None, x, stats, w, n, 1, rms, torch.float64, need_ddy=True, need_dx=False, need_dw=False
+    )
+    return y, derivative
+
+
+def _norm_check_limit(name: str) -> Callable[[Tensor, torch.dtype, float], float]:
+    rule = _norm_limit(name)
+    return lambda truth, dtype, torch_error: SEED_FACTOR.get(dtype, 1.0) * rule(truth, dtype, torch_error)
+
+
+def _ticks_samples(mode: str, slow: bool, draw: Draw) -> Iterator[Sample]:
+    # The derivative of a mean over rows is a sum that may cancel, of whose digits few would be left to compare.
+    reductions = ("none",) if mode == "jvp" else ("mean", "none")
+    for reduction, shape in zip(reductions, ((6, 7), (2, 5, 3)), strict=False):
+        target = draw.targets(shape[0], *shape[2:], classes=shape[1], ignored=-100)
+        label = f"{'x'.join(map(str, shape))}, {reduction}"
+        yield Sample(label, {"z": draw(*shape)}, {"target": target, "reduction": reduction})
+
+
+def _ticks_formula(coefficients: tuple[float, float], sample: Sample, z: Tensor) -> Tensor:
+    ce, ticks = coefficients
+    target = sample.fixed["target"]
+    keep = target != -100
+    log_p = F.log_softmax(z, 1).gather(1, torch.where(keep, target, 0).unsqueeze(1)).squeeze(1)
+    loss = (ticks * (log_p.exp() - log_p) - ce * log_p) * keep
+    return loss.sum() / keep.sum() if sample.fixed["reduction"] == "mean" else loss
+
+
+def _ticks_limit(name: str) -> Callable[[Tensor, torch.dtype, float], float]:
+    factor = 16 if name.endswith("'") else 4  # a row's derivative is a sum that may cancel
+    return lambda truth, dtype, torch_error: factor * torch.finfo(dtype).eps
+
+
+_WRONG_HESSIAN = TorchLimit(
+    lambda check: check.mode == "hessian",
+    match="d2/d",
+    reason="torch's F.layer_norm loses terms of its Hessian's mixed blocks under torch.func",
+)
+_TANGENT_DTYPE = TorchLimit(
+    lambda check: check.mode == "jvp" and check.param_dtype is not None and check.device == "cpu",
+    match="y' is torch.float32",
+    reason="torch's F.layer_norm gives a derivative of the parameters' dtype, not the output's",
+)
+
+
+def _norm(name: str, rms: bool, **options: Any) -> Operation:
+    return Operation(
+        name,
+        "norm",
+        samples=partial(_norm_samples, rms),
+        call=_norm_call,
+        formula=_norm_formula,
+        limit=_norm_check_limit,
+        vjp=_norm_vjp,
+        jvp=_norm_jvp,
+        mixed=True,
+        **options,
+    )
+
+
+def _ticks(name: str, coefficients: tuple[float, float], **options: Any) -> Operation:
+    return Operation(
+        name,
+        "ticks",
+        samples=_ticks_samples,
+        call=lambda namespace, sample, z: getattr(namespace, name)(z, **sample.fixed, **options),
+        formula=partial(_ticks_formula, coefficients),
+        limit=_ticks_limit,
+        outputs=("loss",),
+    )
+
+
+#: What is checked, by name.
+OPERATIONS: dict[str, Operation] = {
+    op.name: op
+    for op in (
+        _norm("layer_norm", rms=False, torch_limits=(_WRONG_HESSIAN, _TANGENT_DTYPE)),
+        _norm("rms_norm", rms=True),
+        _ticks("ticks_cross_entropy", (1.0, 0.5), ticks_weight=0.5),
+        _ticks("ticks_loss", (0.0, 1.0)),
+    )
+}
+
+
+# ------------------------------------------------------------------------------------------------------ how it is done
+
+
+def _tuple(outputs: Tensor | Tensors) -> Tensors:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def _positional(function: Callable[..., Any], sample: Sample) -> Callable[..., Tensors]:
+    """``function(sample, **inputs)`` as one of the inputs in their order, which gives a tuple."""
+    return lambda *inputs: _tuple(function(sample, **dict(zip(sample.inputs, inputs, strict=True))))
+
+
+def _weighted(function: Callable[..., Tensors], weights: Tensors) -> Callable[..., Tensor]:
+    """A number with derivatives of every order in all inputs: that of the results' sines."""
+    return lambda *inputs: sum((y.sin() * r).sum() for y, r in zip(function(*inputs), weights, strict=True))
+
+
+def _leaves(tensors: Tensors) -> Tensors:
+    return tuple(t.detach().requires_grad_() for t in tensors)
+
+
+class _Run:
+    """One check at work on one sample."""
+
+    def __init__(self, check: GradCheck, op: Operation, sample: Sample, draw: Draw) -> None:
+        self.check, self.op, self.sample, self.draw = check, op, sample, draw
+        self.inputs = tuple(sample.inputs.values())
+        self.ours = _positional(partial(op.call, FF), sample)
+        self.formula = _positional(op.formula, sample)
+        self.gradients = tuple(f"d{name}" for name in sample.inputs)
+
+    def _torch(self, run: Callable[[Callable[..., Tensors]], Tensors], results: int) -> tuple[Tensor | None, ...]:
+        """What torch's own function gives, or as many Nones: where it has none, or cannot."""
+        if not hasattr(F, self.op.name):
+            return (None,) * results
+        try:
+            return run(_positional(partial(self.op.call, F), self.sample))
+        except RuntimeError:
+            return (None,) * results
+
+    def _compare(self, names: Tensors, actual: Tensors, truth: Tensors, torch_results: tuple) -> Iterator[Comparison]:
+        dtype = self.inputs[0].dtype
+        for name, a, t, r in zip(names, actual, truth, torch_results, strict=True):
+            if not name.startswith("d") and (a.dtype != dtype or a.shape != t.shape):
+                raise AssertionError(
+                    f"{name} is {a.dtype} {tuple(a.shape)}, where {dtype} {tuple(t.shape)} was expected"
+                )
+            done = _compare(name, a, t, r, self.op.limit(name), TORCH_ROUNDINGS * _rounding(t, a.dtype))
+            if self.check.backend == "torch" and r is not None:
+                # It is no worse than itself, within reason: on a CPU it sums fp32 dw and db of bf16 input in bf16.
+                own = error_limit(t, dtype, min(done.torch_error, TORCH_ROUNDINGS * _rounding(t, dtype)))
+                done = replace(done, limit=max(done.limit, own))
+            if self.check.interpreted and a.dtype == torch.bfloat16:
+                done = replace(done, limit=INTERPRETER_FACTOR * done.limit)
+            yield done
+
+    def vjp(self) -> Iterator[Comparison]:
+        leaves = _leaves(self.inputs)
+        outputs = self.ours(*leaves)
+        upstream = tuple(self.draw.like(y, self.sample.layout) for y in outputs)
+
+        def run(function: Callable[..., Tensors], outputs: Tensors | None = None) -> Tensors:
+            outputs = function(*leaves) if outputs is None else outputs
+            return (*outputs, *torch.autograd.grad(outputs, leaves, upstream))
+
+        actual = run(self.ours, outputs)
+        if self.op.vjp:
+            truth = self.op.vjp(self.sample, upstream)
+        else:
+            exact = _leaves(tuple(map(_fp64, self.inputs)))
+            results = self.formula(*exact)
+            truth = (*results, *torch.autograd.grad(results, exact, tuple(map(_fp64, upstream))))
+        yield from self._compare((*self.op.outputs, *self.gradients), actual, truth, self._torch(run, len(actual)))
+
+    def jvp(self) -> Iterator[Comparison]:
+        tangents = tuple(self.draw.like(t, self.sample.layout) for t in self.inputs)
+
+        def run(function: Callable[..., Tensors]) -> Tensors:
+            outputs, derivatives = torch.func.jvp(function, self.inputs, tangents)
+            return (*outputs, *derivatives)
+
+        actual = run(self.ours)
+        if self.op.jvp:
+            truth = self.op.jvp(self.sample, tangents)
+        else:
+            exact, directions = (tuple(map(_fp64, ts)) for ts in (self.inputs, tangents))
+            truth = tuple(itertools.chain(*torch.func.jvp(self.formula, exact, directions)))
+        names = (*self.op.outputs, *(f"{name}'" for name in self.op.outputs))
+        yield from self._compare(names, actual, truth, self._torch(run, len(actual)))
+
+    def gradcheck(self) -> Iterator[Comparison]:
+        torch.autograd.gradcheck(
+            *(self.ours, _leaves(self.inputs)),
+            check_forward_ad=True,
+            check_batched_grad=True,
+            check_batched_forward_grad=True,
         )
+        return iter(())
+
+    def gradgradcheck(self) -> Iterator[Comparison]:
+        upstream = tuple(self.draw.like(y, self.sample.layout) for y in self.ours(*self.inputs))
+        torch.autograd.gradgradcheck(
+            *(self.ours, _leaves(self.inputs), _leaves(upstream)), check_fwd_over_rev=True, check_batched_grad=True
+        )
+        return iter(())
+
+    def vmap(self) -> Iterator[Comparison]:
+        """Each example's gradients of all inputs against a loop's: the parameters shared, then one set an example."""
+        batch = 3
+        outputs = self.ours(*self.inputs)
+        loss = _weighted(self.ours, tuple(self.draw.like(y, "contiguous") for y in outputs))
+        gradient = torch.func.grad(loss, argnums=tuple(range(len(self.inputs))))
+        batches = tuple(self.draw(batch, *t.shape, dtype=t.dtype) for t in self.inputs)
+        shared = (batches[0], *self.inputs[1:]), (0, *(None for _ in self.inputs[1:]))
+        # The examples' dimension is where others would take it for their own.
+        apart = (batches[0].movedim(0, 1), *batches[1:]), (1, *(0 for _ in self.inputs[1:]))
+        for what, (tensors, dims) in {"": shared, ", all apart": apart}.items():
+            actual = torch.func.vmap(gradient, dims)(*tensors)
+            loop = []
+            for i in range(batch):
+                leaves = _leaves(tuple(t if d is None else t.select(d, i) for t, d in zip(tensors, dims, strict=True)))
+                loop.append(torch.autograd.grad(loss(*leaves), leaves))
+            for name, a, *exact in zip(self.gradients, actual, *loop, strict=True):
+                yield Comparison(name + what, relative_error(a, torch.stack(exact)), FP64_LIMIT, a.dtype)
+
+    def hessian(self) -> Iterator[Comparison]:
+        """All blocks, mixed ones too, against the formula's."""
+        weights = tuple(self.draw.like(y, "contiguous") for y in self.ours(*self.inputs))
+        argnums = tuple(range(len(self.inputs)))
+        blocks, exact = (
+            torch.func.hessian(_weighted(function, weights), argnums=argnums)(*self.inputs)
+            for function in (self.ours, self.formula)
+        )
+        for (i, first), (j, second) in itertools.product(enumerate(self.gradients), repeat=2):
+            error = relative_error(blocks[i][j], exact[i][j])
+            yield Comparison(f"d2/{first} {second}", error, FP64_LIMIT, torch.float64)
 
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# ---------------------------------------------------------------------------------------------------------- the checks
+
+
+@dataclass(frozen=True)
+class GradResult:
+    """What became of a check.
+
+    ``status`` is ``"ok"``, ``"fail"``, ``"xfail"`` (it failed in the way that is known of torch's own function) or
+    ``"xpass"`` (it should have). ``worst`` is the tensor nearest to its limit, or furthest beyond it; None where
+    torch's finite differences judge. ``failure`` says what is wrong, for xfail too; ``detail`` where, if it raised.
+    """
+
+    check: GradCheck
+    status: str
+    seconds: float
+    worst: Comparison | None = None
+    failure: str | None = None
+    detail: str | None = None
+
+
+def _own_rng(device: str) -> AbstractContextManager:
+    """What is drawn inside leaves the caller's random numbers as they were."""
+    if device == "cpu":
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[torch.accelerator.current_device_index()], device_type=device)
 
 
 @dataclass(frozen=True)
 class GradCheck:
-    """One check of an operation's gradients on one backend.
+    """One check of an operation's gradients on one backend: an operation of :data:`OPERATIONS`, in one dtype and mode.
 
-    ``mode`` is ``"vjp"`` (output and gradients against the fp64 truth, random upstream gradients), ``"gradcheck"`` or
-    ``"gradgradcheck"`` (torch's finite differences, fp64 alone).
+    ==================  ===========================================================================================
+    mode                what is compared
+    ==================  ===========================================================================================
+    ``vjp``             outputs and gradients with the fp64 truth, random upstream gradients, several layouts
+    ``jvp``             forward mode with the fp64 truth, random tangents, several layouts
+    ``gradcheck``       first derivatives (reverse and forward mode, both batched too) with finite differences; fp64
+    ``gradgradcheck``   second derivatives (reverse and forward over reverse, batched too) likewise; fp64
+    ``vmap``            per-sample gradients of all inputs with a loop's; fp64
+    ``hessian``         ``torch.func.hessian`` in all inputs, mixed blocks too, with that of elementary operations; fp64
+    ==================  ===========================================================================================
+
+    ``param_dtype`` is None where the parameters have ``dtype`` too.
     """
 
     op: str
@@ -128,63 +606,77 @@ class GradCheck:
     device: str
     dtype: torch.dtype
     mode: str
+    param_dtype: torch.dtype | None = None
 
     def __str__(self) -> str:
-        return f"{self.op}-{self.backend}-{self.device}-{str(self.dtype).removeprefix('torch.')}-{self.mode}"
+        dtypes = "+".join(str(d).removeprefix("torch.") for d in (self.dtype, self.param_dtype) if d is not None)
+        return f"{self.op}-{self.backend}-{self.device}-{dtypes}-{self.mode}"
 
-    def run(self) -> str | None:
-        """None if the gradients are right, else what is wrong with them."""
-        generator = torch.Generator().manual_seed(0)
-        try:
-            with dispatch.use_backend(self.backend):
-                if self.op == "ticks_cross_entropy":
-                    self._ticks(generator)
-                else:
-                    self._norm(generator)
-        except Exception as error:  # a failure of any kind is this check's result
-            return f"{type(error).__name__}: {error}"
-        return None
+    @property
+    def interpreted(self) -> bool:
+        """Whether it runs in Triton's interpreter."""
+        return self.backend == "triton" and self.device == "cpu"
 
-    def _norm(self, generator: torch.Generator) -> None:
-        rms, n, eps = self.op == "rms_norm", 37 if self.mode == "vjp" else 5, 1e-5
+    @property
+    def expected_failure(self) -> TorchLimit | None:
+        """What torch itself gets wrong here, if anything is known."""
+        limits = OPERATIONS[self.op].torch_limits if self.backend == "torch" else ()
+        return next((limit for limit in limits if limit.applies(self)), None)
 
-        def draw(*shape: int) -> Tensor:
-            t = torch.randn(shape, generator=generator, dtype=torch.float64).to(self.device, self.dtype)
-            return t.requires_grad_()
+    def run(self, seed: int = 0) -> str | None:
+        """None if the gradients are right (or as wrong as torch's are known to be), else what is wrong with them."""
+        result = self.result(seed)
+        return result.failure if result.status == "fail" else None
 
-        x, weight, bias = draw(3, 4, n), draw(n), None if rms else draw(n)
-        inputs = [t for t in (x, weight, bias) if t is not None]
+    def result(self, seed: int = 0) -> GradResult:
+        """Run the check. The same seed draws the same numbers, on every backend, whatever else is run."""
+        start = time.perf_counter()
+        op = OPERATIONS[self.op]
+        seed = zlib.crc32(f"{self.op}-{self.mode}-{seed}".encode())
+        draw = Draw(torch.Generator().manual_seed(seed), self.device, self.dtype, self.param_dtype or self.dtype)
+        slow = self.interpreted  # 10 ms for what takes 10 µs
+        done: list[Comparison] = []
+        failures, detail = [], None
+        with _own_rng(self.device), warnings.catch_warnings(), dispatch.use_backend(self.backend):
+            warnings.simplefilter("ignore")  # torch's, on what it has no fused kernel for
+            torch.manual_seed(seed)  # gradcheck draws from torch's own generator
+            label = "drawing its inputs"
+            try:
+                for sample in op.samples(self.mode, slow, draw):
+                    label = sample.label
+                    for comparison in getattr(_Run(self, op, sample, draw), self.mode)():
+                        done.append(comparison)
+                        if not comparison.ratio <= 1:
+                            failures.append(f"{label}: {comparison}")
+            except Exception as error:  # a failure of any kind is this check's result
+                said = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+                failures.append(f"{label}: {said}{error}")
+                if not isinstance(error, (AssertionError, GradcheckError)):
+                    detail = traceback.format_exc()
+        worst = max(done, key=lambda c: c.ratio, default=None)
+        status, known = "fail" if failures else "ok", self.expected_failure
+        if known is not None:
+            if not failures:
+                status = "xpass"
+            elif all(re.search(known.match, failure) for failure in failures):
+                status = "xfail"
+        return GradResult(self, status, time.perf_counter() - start, worst, "\n".join(failures) or None, detail)
 
-        def call(module, *inputs: Tensor) -> Tensor:
-            if rms:
-                return module.rms_norm(inputs[0], (n,), inputs[1], eps)
-            return module.layer_norm(inputs[0], (n,), inputs[1], inputs[2], eps)
 
-        if self.mode != "vjp":
-            getattr(torch.autograd, self.mode)(lambda *inputs: call(FF, *inputs), inputs)
-            return
-        dy = draw(3, 4, n).detach()
-        results = []
-        for module in (FF, F):
-            y = call(module, *inputs)
-            results.append(NormResult(y, *torch.autograd.grad(y, inputs, dy)))
-        assert_norm_close(results[0], norm_truth(x, weight, bias, dy, n, eps, rms), results[1])
-
-    def _ticks(self, generator: torch.Generator) -> None:
-        z = torch.randn(6, 7, generator=generator, dtype=torch.float64).to(self.device, self.dtype).requires_grad_()
-        target = torch.tensor([0, 6, -100, 3, 3, 1], device=self.device)
-        if self.mode != "vjp":
-            getattr(torch.autograd, self.mode)(lambda z: FF.ticks_cross_entropy(z, target, ticks_weight=0.5), z)
-            return
-        loss = FF.ticks_cross_entropy(z, target, ticks_weight=0.5)
-        (dz,) = torch.autograd.grad(loss, z)
-        z64 = z.detach().double().requires_grad_()
-        log_p = F.log_softmax(z64, 1)[target >= 0].gather(1, target[target >= 0].unsqueeze(1))
-        truth = (0.5 * (log_p.exp() - log_p) - log_p).mean()
-        (truth_dz,) = torch.autograd.grad(truth, z64)
-        for name, actual, exact in (("loss", loss, truth), ("dz", dz, truth_dz)):
-            error, limit = relative_error(actual, exact), 4 * torch.finfo(self.dtype).eps
-            assert error <= limit, f"{name}: error {error:.3g} > limit {limit:.3g}"
+def _places(
+    devices: list[str] | None, backends: list[str] | None
+) -> Iterator[tuple[Operation, str, str, str | None, bool]]:
+    """(operation, backend, device, why it cannot run there, whether to check it all the same)."""
+    devices = devices or dispatch.device_types()
+    for device, op, backend in itertools.product(devices, OPERATIONS.values(), backends or dispatch.BACKENDS):
+        reason = dispatch.unavailable(backend, op.kernel, device)
+        asked = False
+        if reason is not None and backends:
+            # One asked for by name fails where it is missing; not where it has no such kernel, or is there on another
+            # of the devices.
+            reasons = {dispatch.unavailable(backend, "norm", d) for d in devices}
+            asked = None not in reasons
+        yield op, backend, device, reason, asked
 
 
 def gradchecks(devices: list[str] | None = None, backends: list[str] | None = None) -> Iterator[GradCheck]:
@@ -192,22 +684,34 @@ def gradchecks(devices: list[str] | None = None, backends: list[str] | None = No
 
     Args:
         devices: device types; by default all that this machine has.
-        backends: backend names; by default all that can run the operation on the device.
+        backends: backend names; by default all that can run the operation on the device. The checks of one that is
+            asked for by name, and can run on none of the devices, fail and say why.
     """
-    for device, op in itertools.product(
-        devices or dispatch.device_types(), ("layer_norm", "rms_norm", "ticks_cross_entropy")
-    ):
-        kernel = "ticks" if op.startswith("ticks") else "norm"
-        for backend in backends or [b for b in dispatch.BACKENDS if dispatch.unavailable(b, kernel, device) is None]:
-            for dtype in _DTYPES:
-                yield GradCheck(op, backend, device, dtype, "vjp")
-            for mode in ("gradcheck", "gradgradcheck"):
-                yield GradCheck(op, backend, device, torch.float64, mode)
+    for op, backend, device, reason, asked in _places(devices, backends):
+        if reason is not None and not asked:
+            continue
+        for mode in op.modes:
+            for dtype, param_dtype in _DTYPES:
+                if (mode in ("vjp", "jvp") or (dtype, param_dtype) == (torch.float64, None)) and (
+                    param_dtype is None or op.mixed
+                ):
+                    yield GradCheck(op.name, backend, device, dtype, mode, param_dtype)
 
 
-def run_gradchecks(checks: list[GradCheck]) -> Iterator[tuple[GradCheck, str | None, float]]:
-    """Run the checks one by one: (check, None or what failed, seconds)."""
+def not_checked(
+    devices: list[str] | None = None, backends: list[str] | None = None
+) -> Iterator[tuple[str, str, str, str]]:
+    """(operation, backend, device, reason) of all that :func:`gradchecks` leaves out on this machine."""
+    for op, backend, device, reason, asked in _places(devices, backends):
+        if reason is not None and not asked:
+            yield op.name, backend, device, reason
+
+
+def run_gradchecks(checks: list[GradCheck], seed: int = 0) -> Iterator[tuple[GradCheck, str | None, float]]:
+    """Run the checks one by one: (check, None or what failed, seconds).
+
+    A failure that is known of torch's own function, on the backend ``torch``, is none; :meth:`GradCheck.result` tells.
+    """
     for check in checks:
-        start = time.perf_counter()
-        failure = check.run()
-        yield check, failure, time.perf_counter() - start
+        result = check.result(seed)
+        yield check, result.failure if result.status == "fail" else None, result.seconds

@@ -50,7 +50,7 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
-def _device(device: torch.device) -> dict[str, Any]:
+def describe(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         return {"type": device.type, "name": cpu_name(), "isa": torch.backends.cpu.get_cpu_capability()}
     p = torch.cuda.get_device_properties(device)
@@ -77,7 +77,7 @@ def collect(device: torch.device, argv: list[str] | None = None) -> dict[str, An
         "command": shlex.join(sys.argv if argv is None else argv),
         "commit": commit,
         "uncommitted_changes": bool(changed) if commit else None,
-        "device": _device(device),
+        "device": describe(device),
         "cpu": cpu_name(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
