@@ -39,10 +39,10 @@ bench: $(VENV)/.ready
 	$(PY) bench/run.py $(ARGS)
 
 gradcheck: $(VENV)/.ready
-	$(PY) -m fused_norm gradcheck $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(PY) -m fused_norm gradcheck $(ARGS)
 
 # On a machine with a CUDA GPU, torch, triton and nvcc, no network needed: the system's Python as it is.
-# SECTION=test|sanitize|bench runs one part.
+# SECTION=build|test|gradcheck|sanitize|bench runs one part.
 gpu:
 	$(PYTHON) bench/gpu.py $(if $(SECTION),--section $(SECTION)) $(ARGS)
 

@@ -1,4 +1,5 @@
-"""Prove a GPU: build the extension here, run GPU tests, sanitizers and the benchmark, and write a result folder.
+"""Prove a GPU: build the extension here, run GPU tests, gradient checks, sanitizers and the benchmark, and write a
+result folder.
 
 ``make gpu`` runs this with the system's own Python: torch, triton, pytest and nvcc as they are, no network, nothing
 installed. Every step is a process of its own with a time limit; its output goes to a log as it is made, and the summary
@@ -33,6 +34,8 @@ BENCH_SECONDS = 420
 
 #: Test files that run on the real GPU as a whole, beside every test marked gpu.
 GPU_TEST_FILES = ("tests/test_triton.py", "tests/test_cuda_native.py")
+
+SECTIONS = ("build", "test", "gradcheck", "sanitize", "bench")
 
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck")
 
@@ -133,6 +136,11 @@ def test_steps() -> list[Step]:
     return steps + [Step(Path(f).stem, pytest(f), TEST_ENV, judge_tests) for f in files]
 
 
+def gradcheck_steps(out: Path) -> list[Step]:
+    files = ("--json", str(out / "gradcheck.json"), "--junit", str(out / "gradcheck.xml"))
+    return [Step("gradcheck", python("-m", "fused_norm", "gradcheck", "--device", "cuda", *files))]
+
+
 def sanitize_steps() -> list[Step]:
     """Every tool over the tests marked small, without torch's caching allocator, which would hide overruns."""
     tool = find_sanitizer()
@@ -163,6 +171,7 @@ def sections(out: Path, chosen: list[str]) -> dict[str, Callable[[], list[Step]]
     steps: dict[str, Callable[[], list[Step]]] = {
         "build": build_steps,
         "test": test_steps,
+        "gradcheck": lambda: gradcheck_steps(out),
         "sanitize": sanitize_steps,
         "bench": lambda: bench_steps(out),
     }
@@ -249,9 +258,8 @@ def summary(outcomes: list[Outcome], out: Path, title: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    names = ("build", "test", "sanitize", "bench")
     parser = argparse.ArgumentParser(prog="make gpu", description=__doc__)
-    parser.add_argument("--section", choices=names, help="one section alone; all of them by default")
+    parser.add_argument("--section", choices=SECTIONS, help="one section alone; all of them by default")
     parser.add_argument("--output", type=Path, help="the result folder; gpu_results/<device>-<date> by default")
     args = parser.parse_args(argv)
     try:
@@ -280,7 +288,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as e:  # a package that does not import is what the steps are to show
         env = {"device": device, "torch": torch.__version__, "error": f"{type(e).__name__}: {e}"}
     (out / "environment.json").write_text(json.dumps(env, indent=2) + "\n")
-    outcomes = run_sections(sections(out, [args.section] if args.section else list(names)), out, report)
+    outcomes = run_sections(sections(out, [args.section] if args.section else list(SECTIONS)), out, report)
     failed = [o for o in outcomes if not o.ok]
     print(f"{len(outcomes) - len(failed)} of {len(outcomes)} steps ok; the results are in {out}")
     return 1 if failed else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import time
@@ -173,6 +174,32 @@ def test_every_sanitizer_runs_over_every_small_gpu_test(gpu, tmp_path, monkeypat
         assert step.command[:2] == ("/cuda/bin/compute-sanitizer", "--tool") and "small" in step.command
 
 
+def test_gradients_are_checked_on_the_gpu_and_the_files_go_to_the_result_folder(gpu, tmp_path):
+    (step,) = gpu.sections(tmp_path, ["build", "gradcheck"])["gradcheck"]()
+    command = list(step.command)
+    assert command[:6] == [sys.executable, "-m", "fused_norm", "gradcheck", "--device", "cuda"]
+    from fused_norm.gradcheck import _parser
+
+    options = _parser().parse_args(command[4:])
+    assert options.json == tmp_path / "gradcheck.json" and options.junit == tmp_path / "gradcheck.xml"
+
+
+def test_the_workflow_runs_every_section_on_its_own(gpu, tmp_path):
+    """So that no section's failure, or its time limit, hides another's result."""
+    text = (ROOT / ".github" / "workflows" / "gpu.yml").read_text()
+    named = re.findall(r"^ +- run: make gpu SECTION=(\w+) ARGS=\"--output gpu_results/(\w+)\"$", text, re.MULTILINE)
+    assert [section for section, _ in named] == list(gpu.sections(tmp_path, list(gpu.SECTIONS)))
+    assert all(section == folder for section, folder in named)
+    yaml = pytest.importorskip("yaml")
+    workflow = yaml.safe_load(text)
+    (job,) = workflow["jobs"].values()
+    assert job["runs-on"] == ["self-hosted", "gpu"]
+    triggers = workflow[True]  # YAML 1.1 reads `on` so
+    assert set(triggers) == {"workflow_dispatch", "schedule", "pull_request"}
+    after_build = [s for s in job["steps"] if "SECTION" in s.get("run", "")][1:]
+    assert all("cancelled()" in s["if"] for s in after_build)
+
+
 def test_the_summary_shows_failures_and_the_table(gpu, tmp_path):
     (tmp_path / "bench.txt").write_text("layer_norm forward fp32\n")
     outcomes = [gpu.Outcome("test", "a", True, 1.0, "3 passed"), gpu.Outcome("bench", "b", False, 2.0, "x | y")]
@@ -190,7 +217,7 @@ def test_the_result_folder(gpu, tmp_path, monkeypatch, code, status):
     monkeypatch.setattr(gpu, "sections", lambda out, chosen: asked.append(chosen) or steps)
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     assert gpu.main(["--section", "test"]) == status and gpu.main([]) == status
-    assert asked == [["test"], ["build", "test", "sanitize", "bench"]]
+    assert asked == [["test"], ["build", "test", "gradcheck", "sanitize", "bench"]]
     folders = list((tmp_path / "gpu_results").iterdir())
     assert all(folder.name.startswith("Some-GPU-80GB-") for folder in folders)
     for name in ("environment.json", "summary.md", "test-one.log"):
