@@ -19,6 +19,7 @@
 #endif
 
 #include "cpu/kernels.h"
+#include "ops.h"
 
 namespace fused_norm {
 namespace {
@@ -167,6 +168,8 @@ void parallel(int64_t count, int64_t elements_each, const F& f) {
       const_cast<F*>(&f));
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> norm_forward(
     const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, int64_t n, int64_t groups, double eps,
     bool rms, bool need_stats) {
@@ -205,6 +208,8 @@ std::tuple<Tensor, Tensor> norm_forward(
   return {std::move(y), std::move(stats)};
 }
 
+namespace {
+
 // How a group's rows are cut into chunks, each with partial rows of dw and db of its own. By the shape alone.
 struct Chunks {
   int64_t per_group, rows;
@@ -235,6 +240,8 @@ Tensor reduce(const Tensor& partial, const Rows& rows, int64_t groups, int64_t c
   });
   return out;
 }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> norm_backward(
     const Tensor& dy, const Tensor& x, const Tensor& stats, const std::optional<Tensor>& weight, int64_t n, int64_t groups, bool rms,
@@ -295,6 +302,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(
   return {std::move(dx), std::move(dw), std::move(db)};
 }
 
+namespace {
+
 // Where the rows' rstd lie, after checking that stats holds one of each row, and a mean too unless rms.
 const void* check_stats(const Tensor& stats, const Rows& rows, bool rms) {
   const Dtype acc = accumulation(rows.dtype);
@@ -315,6 +324,8 @@ int64_t check_like_x(const Tensor& t, const Tensor& x, int64_t n, const char* na
   STD_TORCH_CHECK(t.numel() == x.numel(), name, " has shape ", shape(t), ", x has ", shape(x));
   return row_stride(t, n, name);
 }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> norm_double_backward(
     const std::optional<Tensor>& ddx, const std::optional<Tensor>& ddw, const std::optional<Tensor>& ddb, const std::optional<Tensor>& dy,
@@ -374,7 +385,6 @@ std::tuple<Tensor, Tensor, Tensor> norm_double_backward(
   return {std::move(grad_dy), std::move(grad_x), std::move(grad_w)};
 }
 
-}  // namespace
 }  // namespace fused_norm
 
 STABLE_TORCH_LIBRARY(fused_norm, m) {

@@ -84,6 +84,11 @@ def _named(name: str, op: str, device_type: str) -> ModuleType | None:
     return _module(name)
 
 
+#: ``plain_row_length(x, normalized_shape, weight, bias)``: the elements in a row of an ordinary call, whose arguments
+#: need no further check or conversion whatever the backend; 0 for any other, and for all without the extension.
+plain_row_length = _module("native").plain_row_length
+
+
 def select(op: str, device_type: str) -> ModuleType | None:
     """The backend module for ``op`` ("norm" or "ticks") on ``device_type``; None for torch's own function.
 

@@ -100,23 +100,27 @@ def _norm(
     """Both norms: ``public`` is the function the user called, whose place a torch function mode may take."""
     if _is_compiling() and not _is_exporting():
         if transforms_active():  # torch.func takes no derivative of an operator, and gives zeros without a word
-            return _checked_norm(rms, x, shape, weight, bias, eps, by_formulas=True)
+            return _checked_norm(rms, x, shape, weight, bias, eps, 0, by_formulas=True)
         plan = dispatch.compile_plan("norm", x.device.type)
         return _rms_norm_op(x, shape, weight, eps, plan) if rms else _layer_norm_op(x, shape, weight, bias, eps, plan)
-    if (
-        _is_compiling()  # torch.export: the program must run, and be lowered, where this package is not
-        or _is_tracing()  # torch.jit.trace: its graph can hold torch's operators alone
-        or type(x) not in _PLAIN
-        or (weight is not None and type(weight) not in _PLAIN)
-        or (bias is not None and type(bias) not in _PLAIN)
-        or x.layout is not torch.strided
-        or x.is_nested
-    ):
+    # torch.export: the program must run, and be lowered, where this package is not.
+    # torch.jit.trace: its graph can hold torch's operators alone.
+    if _is_compiling() or _is_tracing():
         return _torch_norm(rms, x, shape, weight, bias, eps)
-    if has_torch_function((x,)):  # x is plain, so this is a mode, such as a default device: it may see the call first
-        args = (x, shape, weight, eps) if rms else (x, shape, weight, bias, eps)
-        return handle_torch_function(public, (x,), *args)
-    return _checked_norm(rms, x, shape, weight, bias, eps)
+    n = dispatch.plain_row_length(x, shape, weight, bias)
+    if not n:
+        if (
+            type(x) not in _PLAIN
+            or (weight is not None and type(weight) not in _PLAIN)
+            or (bias is not None and type(bias) not in _PLAIN)
+            or x.layout is not torch.strided
+            or x.is_nested
+        ):
+            return _torch_norm(rms, x, shape, weight, bias, eps)
+        if has_torch_function((x,)):  # x is plain, so this is a mode, such as a default device: it may see the call
+            args = (x, shape, weight, eps) if rms else (x, shape, weight, bias, eps)
+            return handle_torch_function(public, (x,), *args)
+    return _checked_norm(rms, x, shape, weight, bias, eps, n)
 
 
 def _checked_norm(
@@ -126,13 +130,15 @@ def _checked_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float | None,
+    ordinary: int,
     by_formulas: bool = False,
 ) -> Tensor:
     """Both norms of strided tensors that no one else is to see first: check, choose a backend, run it.
 
-    ``by_formulas``: in traceable operations instead.
+    ``ordinary``: the length of a row where nothing is left to check or to convert, else 0. ``by_formulas``: in
+    operations that Dynamo can trace, instead of a backend.
     """
-    n = _row_length(rms, x, shape, weight, bias)
+    n = ordinary or _row_length(rms, x, shape, weight, bias)
     if n is None or type(eps) not in (float, int):
         if n is None or eps is not None or not rms:
             return _torch_norm(rms, x, shape, weight, bias, eps)
@@ -141,15 +147,16 @@ def _checked_norm(
     device_type = "cpu" if x.is_cpu else x.device.type
     if device_type != "cpu" and _autocast_enabled(device_type):
         x, weight, bias = (t.float() if t is not None and t.dtype in _LOW_PRECISION else t for t in (x, weight, bias))
-    if weight is not None or bias is not None:
+    if not ordinary and (weight is not None or bias is not None):
         weight, bias = _checked_params(rms, x, shape, weight, bias)
 
     if by_formulas and x.numel():
         return reference.norm_forward(x, weight, bias, n, 1, eps, rms, False)[0]
     backend = None if by_formulas else dispatch.select("norm", device_type)
-    if backend is None or x.numel() == 0:
+    if backend is None or not (ordinary or x.numel()):
         return _torch_norm(rms, x, shape, weight, bias, eps)
-    weight, bias = dense(weight), dense(bias)
+    if not ordinary:
+        weight, bias = dense(weight), dense(bias)
     if transforms_active() or (
         torch.is_grad_enabled()
         and (
@@ -159,6 +166,8 @@ def _checked_norm(
         )
     ):
         return Norm.call(x, weight, bias, n, eps, rms, backend)[0]
+    if ordinary and x.is_contiguous():  # as_rows and the view of its result would do nothing
+        return backend.norm_forward(x, weight, bias, n, 1, eps, rms, False)[0]
     return norm_forward(x, weight, bias, n, eps, rms, backend)[0]
 
 
@@ -168,7 +177,7 @@ def _compiled_norm(rms: bool, x, shape, weight, bias, eps, plan: str) -> Tensor:
     if any(t is not None and type(t) not in traced for t in (x, weight, bias)) or x.layout is not torch.strided:
         return _torch_norm(rms, x, shape, weight, bias, eps)
     with dispatch.planned(plan):
-        return _checked_norm(rms, x, tuple(map(int, shape)), weight, bias, eps)
+        return _checked_norm(rms, x, tuple(map(int, shape)), weight, bias, eps, 0)
 
 
 # Under torch.compile a call is one operator to Dynamo, which could trace neither the choice of a backend nor a Function
