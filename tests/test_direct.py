@@ -94,9 +94,9 @@ def test_arguments_that_the_operator_converts():
     for args in ((x, w, w, 4, 1, 1, False, True), (x, w, w, np.int64(4), 1, np.float32(1e-5), True, True)):
         assert same(native.norm_forward(*args), forward(*args))
     x = rand(3, 1)
-    assert same(
-        native.norm_forward(x, None, None, True, True, 1e-5, 0, 1), forward(x, None, None, 1, 1, 1e-5, False, True)
-    )
+    expected = forward(x, None, None, 1, 1, 1e-5, False, True)
+    assert same(native.norm_forward(x, None, None, True, True, 1e-5, False, True), expected)
+    assert same(native.norm_forward(x, None, None, 1, 1, 1e-5, 0, 1), expected)
 
 
 def test_results_need_no_gradient():
