@@ -476,7 +476,7 @@ def test_many_threads():
 
 def test_the_gil_is_free_while_a_kernel_runs():
     """Another Python thread gets on while a long call is under way."""
-    x = rand(4000, 2000)
+    x = rand(1000, 2000)
     progress, stop = [], threading.Event()
 
     def count():
@@ -489,10 +489,10 @@ def test_the_gil_is_free_while_a_kernel_runs():
     sys.setswitchinterval(100)  # the GIL changes hands where it is given up, and nowhere else
     try:
         thread.start()
-        grew = 0
-        for _ in range(5):
+        grew, kept = 0, []  # freeing a tensor gives up the GIL too
+        for _ in range(10):
             start = len(progress)
-            native.norm_forward(x, None, None, 2000, 1, 1e-5, False, False)
+            kept.append(native.norm_forward(x, None, None, 2000, 1, 1e-5, False, False))
             grew += len(progress) > start
     finally:
         stop.set()
@@ -581,6 +581,7 @@ for name, put in {"weight": lambda p: (p, None), "bias": lambda p: (None, p)}.it
     ROW_LENGTHS |= {
         f"{name}'s size": ((V, (4,), *put(rand(5))), 0),
         f"{name}'s dimensions": ((V, (4,), *put(rand(1, 4))), 0),
+        f"{name} has a dimension more": ((V, (4,), *put(rand(4, 1))), 0),
         f"{name}'s shape": ((V, (3, 4), *put(rand(4, 3))), 0),
         f"{name} is flat": ((V, (3, 4), *put(rand(12))), 0),
         f"{name} is strided": ((V, (4,), *put(rand(8)[::2])), 0),
