@@ -30,6 +30,7 @@ BACKENDS = tuple(_MODULES)
 _AUTO_ORDER = {"cuda": ("triton", "native", "torch"), "cpu": ("native", "torch")}
 
 _log = logging.getLogger("fused_norm")
+_warned: dict[str, object] = {}
 
 
 def _checked(name: str) -> str:
@@ -58,6 +59,12 @@ def unavailable(name: str, op: str, device_type: str) -> str | None:
     return module.unavailable(device_type)
 
 
+def _warn_once(message: str) -> None:
+    mine = object()  # threads that make their first call together all come here: setdefault lets one of them through
+    if _warned.setdefault(message, mine) is mine:
+        _log.warning("%s", message)
+
+
 @functools.cache
 def _auto(op: str, device_type: str) -> ModuleType | None:
     missing = []
@@ -68,7 +75,7 @@ def _auto(op: str, device_type: str) -> ModuleType | None:
         reason = unavailable(name, op, device_type)
         if reason is None:
             if missing:
-                _log.warning("backend %r serves %s on %s tensors: %s", name, op, device_type, "; ".join(missing))
+                _warn_once(f"backend {name!r} serves {op} on {device_type} tensors: {'; '.join(missing)}")
             return module
         missing.append(f"{name} cannot: {reason}")
     raise AssertionError("the torch backend serves every device")
