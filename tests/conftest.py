@@ -15,6 +15,12 @@ import torch
 
 import fused_norm
 
+try:
+    import hypothesis
+except ModuleNotFoundError:  # a machine with no more than torch, triton and pytest runs the other tests
+    hypothesis = None
+    collect_ignore = ["test_properties.py"]
+
 SEED_VARIABLE = "FUSED_NORM_TEST_SEED"  # replays a failure: the seed of every test of the run
 REQUIRE_VARIABLE = (
     "FUSED_NORM_TEST_REQUIRE"  # "native,triton": a missing one of these fails the tests instead of skipping them
@@ -40,12 +46,30 @@ def _seed_of(node: pytest.Item) -> int:
     return int(os.environ.get(SEED_VARIABLE) or zlib.crc32(node.nodeid.encode()))
 
 
+def pytest_report_header() -> str | None:
+    return None if hypothesis else "hypothesis is not installed: tests/test_properties.py is left out"
+
+
+if hypothesis:
+    # No database: what an earlier run found would come before what the seed finds. No deadline: machines are shared.
+    hypothesis.settings.register_profile(
+        "seeded",
+        database=None,
+        deadline=None,
+        print_blob=True,
+        suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+    )
+    hypothesis.settings.load_profile("seeded")
+
+
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> int:
     """Each test draws the same numbers whether it runs alone, in a suite or in another order."""
     value = _seed_of(request.node)
     random.seed(value)
     torch.manual_seed(value)
+    if hypothesis and hypothesis.is_hypothesis_test(function := request.function):
+        hypothesis.seed(value)(getattr(function, "__func__", function))
     return value
 
 
@@ -54,7 +78,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Itera
     outcome = yield
     report = outcome.get_result()
     if report.failed:
-        report.sections.append(("seed", f"replay with {SEED_VARIABLE}={_seed_of(item)}"))
+        command = f"{SEED_VARIABLE}={_seed_of(item)} python -m pytest '{item.nodeid}'"
+        report.sections.append(("seed", f"replay with {command}"))
 
 
 # ------------------------------------------------------------------------------------------------------------- places
