@@ -283,6 +283,8 @@ def test_results(backend: str, c: Call) -> None:
     """Accuracy, and what every result promises of dtype, shape, layout and memory."""
     tensors = {name: c.tensor(name) for name in ("x", "weight", "bias", "dy")}
     assume(not _a_column(tensors["x"], c.n))
+    # The interpreter truncates to bf16 where hardware rounds; test_triton.py gives it the hardware's conversion.
+    assume(backend != "triton" or torch.bfloat16 not in (c.dtype, c.param_dtype))
     # torch's own layer_norm has no backward for an fp32 bias alone beside low-precision input.
     assume(backend != "torch" or c.param_dtype == c.dtype or "weight" in c.layout or "bias" not in c.layout)
     plain = {name: c.plain(name) for name in tensors}
