@@ -170,7 +170,7 @@ void parallel(int64_t count, int64_t elements_each, const F& f) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> norm_forward(
+std::tuple<Tensor, std::optional<Tensor>> norm_forward(
     const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, int64_t n, int64_t groups, double eps,
     bool rms, bool need_stats) {
   const Rows rows = rows_of(x, n, groups);
@@ -190,11 +190,12 @@ std::tuple<Tensor, Tensor> norm_forward(
     a.bias = data_of(*bias, "bias");
   }
   Tensor y = empty_like(x, rows.dtype);
-  Tensor stats = empty({need_stats ? (rms ? 1 : 2) : 0, rows.count}, accumulation(rows.dtype));
+  std::optional<Tensor> stats;
   a.x = data_of(x, "x");
   a.y = y.mutable_data_ptr();
   if (need_stats) {
-    a.rstd = stats.mutable_data_ptr();
+    stats = empty({rms ? 1 : 2, rows.count}, accumulation(rows.dtype));
+    a.rstd = stats->mutable_data_ptr();
     if (!rms) a.mean = (char*)a.rstd + rows.count * size_of(accumulation(rows.dtype));
   }
   a.n = n;
@@ -385,6 +386,15 @@ std::tuple<Tensor, Tensor, Tensor> norm_double_backward(
   return {std::move(grad_dy), std::move(grad_x), std::move(grad_w)};
 }
 
+// An operator's result is a tensor, where the function has none.
+std::tuple<Tensor, Tensor> norm_forward_operator(
+    const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, int64_t n, int64_t groups, double eps,
+    bool rms, bool need_stats) {
+  auto [y, stats] = norm_forward(x, weight, bias, n, groups, eps, rms, need_stats);
+  if (!stats) stats = empty({0, x.numel() / n}, accumulation(dtype_of(x, "x")));
+  return {std::move(y), std::move(*stats)};
+}
+
 }  // namespace fused_norm
 
 STABLE_TORCH_LIBRARY(fused_norm, m) {
@@ -401,7 +411,7 @@ STABLE_TORCH_LIBRARY(fused_norm, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_norm, CPU, m) {
-  m.impl("norm_forward", TORCH_BOX(&fused_norm::norm_forward));
+  m.impl("norm_forward", TORCH_BOX(&fused_norm::norm_forward_operator));
   m.impl("norm_backward", TORCH_BOX(&fused_norm::norm_backward));
   m.impl("norm_double_backward", TORCH_BOX(&fused_norm::norm_double_backward));
 }

@@ -274,6 +274,12 @@ PyObject* to_python(const Tensor& t) {
   return nullptr;
 }
 
+PyObject* to_python(const std::optional<Tensor>& t) {
+  if (t) return to_python(*t);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+
 template <typename... R, size_t... I>
 PyObject* to_python(const std::tuple<R...>& results, std::index_sequence<I...>) {
   Ref tuple(PyTuple_New(sizeof...(R)));

@@ -26,6 +26,7 @@ from . import reference
 _reshape_fresh = torch.ops.aten._unsafe_view.default
 _functorch_active = torch._C._are_functorch_transforms_active
 _is_compiling = torch.compiler.is_compiling
+#: Of tensors under ``is_grads_batched=True``: an older vmap, which asks for no rule. They go to the reference.
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
@@ -72,7 +73,7 @@ def _spread(p: Tensor | None, n: int, groups: int) -> Tensor | None:
 
 def _shaped_like(result: Tensor, x: Tensor) -> Tensor:
     # Not a view of the kernel's output in autograd's eyes: users may write over it.
-    return result if result.dim() == x.dim() else _reshape_fresh(result, x.shape)
+    return result if result.shape == x.shape else _reshape_fresh(result, x.shape)
 
 
 class _Function(torch.autograd.Function):
@@ -105,11 +106,6 @@ def _jvp_rule(rule: Callable) -> staticmethod:
 
 
 # -------------------------------------------------------------------------------------------------- running the kernels
-
-
-def _kernels(backend: ModuleType, *tensors: Tensor | None) -> ModuleType:
-    """``backend``, or the reference for tensors of ``is_grads_batched=True``, an older vmap that asks for no rule."""
-    return reference if any(t is not None and _is_legacy_batched(t) for t in tensors) else backend
 
 
 def norm_forward(
@@ -145,9 +141,13 @@ def _norm_backward(
     backend: ModuleType,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Run the backend's backward. ``dw_groups`` and ``db_groups`` are the numbers of rows of dw and db, 0 for none."""
-    backend = _kernels(backend, dy)
-    groups = max(_groups(weight, n), dw_groups, db_groups)
-    rows, dy, weight = as_rows(x, n), as_rows(dy, n), _spread(weight, n, groups)
+    if _is_legacy_batched(dy):
+        backend = reference
+    groups = 1
+    if dw_groups > 1 or db_groups > 1 or (weight is not None and weight.numel() != n):
+        groups = max(_groups(weight, n), dw_groups, db_groups)
+        weight = _spread(weight, n, groups)
+    rows, dy = as_rows(x, n), as_rows(dy, n)
     dx, dw, db = backend.norm_backward(
         dy, rows, stats, weight, n, groups, rms, param_dtype, need_dx, dw_groups == groups, db_groups == groups
     )
@@ -176,7 +176,8 @@ def _norm_double_backward(
     backend: ModuleType,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Run the backend's double backward. ``dw_groups`` is the number of rows of grad_w, 0 for none."""
-    backend = _kernels(backend, ddx, ddw, ddb, dy)
+    if any(t is not None and _is_legacy_batched(t) for t in (ddx, ddw, ddb, dy)):
+        backend = reference
     groups = max(*(_groups(p, n) for p in (weight, ddw, ddb)), dw_groups)
     rows, weight, ddw, ddb = as_rows(x, n), *(_spread(dense(p), n, groups) for p in (weight, ddw, ddb))
     ddx, dy = (None if t is None else as_rows(t, n) for t in (ddx, dy))

@@ -45,13 +45,14 @@ _chosen: ContextVar[str] = ContextVar("fused_norm_backend", default=_default)
 _latest = _default
 
 
-def _module(name: str) -> ModuleType | None:
+def load(name: str) -> ModuleType | None:
+    """A backend's module; None for ``torch``, which has none of ours."""
     return None if _MODULES[name] is None else importlib.import_module(_MODULES[name])
 
 
 def unavailable(name: str, op: str, device_type: str) -> str | None:
     """Why backend ``name`` cannot run ``op`` on ``device_type`` on this machine, or None if it can."""
-    module = _module(name)
+    module = load(name)
     if module is None:
         return None
     if not hasattr(module, f"{op}_forward"):
@@ -69,7 +70,7 @@ def _warn_once(message: str) -> None:
 def _auto(op: str, device_type: str) -> ModuleType | None:
     missing = []
     for name in _AUTO_ORDER.get(device_type, ("torch",)):
-        module = _module(name)
+        module = load(name)
         if module is not None and not hasattr(module, f"{op}_forward"):
             continue  # nothing is missing on this machine
         reason = unavailable(name, op, device_type)
@@ -88,12 +89,12 @@ def _named(name: str, op: str, device_type: str) -> ModuleType | None:
         raise RuntimeError(
             f"fused_norm backend {name!r} was asked for, but cannot run {op} on {device_type} tensors: {reason}"
         )
-    return _module(name)
+    return load(name)
 
 
 #: ``plain_row_length(x, normalized_shape, weight, bias)``: the elements in a row of an ordinary call, whose arguments
 #: need no further check or conversion whatever the backend; 0 for any other, and for all without the extension.
-plain_row_length = _module("native").plain_row_length
+plain_row_length = load("native").plain_row_length
 
 
 def select(op: str, device_type: str) -> ModuleType | None:

@@ -26,6 +26,7 @@ _DTYPE_NAMES = "float64, float32, bfloat16 and float16"
 _is_compiling = torch.compiler.is_compiling
 _is_exporting = torch.compiler.is_exporting
 _is_tracing = torch._C._is_tracing
+_is_grad_enabled = torch.is_grad_enabled
 
 
 def layer_norm(
@@ -158,7 +159,7 @@ def _checked_norm(
     if not ordinary:
         weight, bias = dense(weight), dense(bias)
     if transforms_active() or (
-        torch.is_grad_enabled()
+        _is_grad_enabled()
         and (
             x.requires_grad
             or (weight is not None and weight.requires_grad)

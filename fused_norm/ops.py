@@ -1,7 +1,8 @@
-"""Fakes of the native operators: shapes and dtypes without data, for FakeTensor, ``torch.export`` and ``opcheck``.
+"""Operators for what traces: ``composite`` defines those that Dynamo sees, and the kernels' own get their fakes.
 
-The schemas stand in csrc/ops.cpp. Autograd, forward-mode AD and vmap do not go through these operators (a library
-operator's ``register_autograd`` gives forward-mode AD silent zeros) but through :mod:`fused_norm.autograd`.
+The kernels' operators stand in csrc/ops.cpp (``norm_forward``, ...) and in backends/triton (``triton_norm_forward``,
+...). Autograd, forward-mode AD and vmap do not go through them (a library operator's ``register_autograd`` gives
+forward-mode AD silent zeros) but through :mod:`fused_norm.autograd`.
 """
 
 from __future__ import annotations
@@ -76,7 +77,14 @@ def _norm_double_backward_fake(
     return grad_dy, grad_x, grad_w
 
 
-if dispatch.unavailable("native", "norm", "cpu") is None:  # the extension is there, and this has loaded it
-    torch.library.register_fake("fused_norm::norm_forward", _norm_forward_fake)
-    torch.library.register_fake("fused_norm::norm_backward", _norm_backward_fake)
-    torch.library.register_fake("fused_norm::norm_double_backward", _norm_double_backward_fake)
+_FAKES = {
+    "norm_forward": _norm_forward_fake,
+    "norm_backward": _norm_backward_fake,
+    "norm_double_backward": _norm_double_backward_fake,
+}
+
+for _backend, _prefix in (("native", ""), ("triton", "triton_")):
+    dispatch.load(_backend)  # loading it defines its operators, unless the extension is missing
+    for _name, _fake in _FAKES.items():
+        if hasattr(torch.ops.fused_norm, _prefix + _name):
+            torch.library.register_fake(f"fused_norm::{_prefix}{_name}", _fake)

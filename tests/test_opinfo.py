@@ -76,6 +76,29 @@ def test_samples(op: str, dtype: torch.dtype, place) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
+def test_derivatives_of_samples(op: str, place) -> None:
+    """Finite differences, first and second order, reverse and forward mode and mixed, each batched too."""
+    samples = list(OP_INFOS[op].sample_inputs(place.device, torch.float64, requires_grad=True))
+    assert len(samples) >= 6
+    for sample in samples:
+        leaves = _tensors(sample)
+
+        def function(*tensors: torch.Tensor, sample=sample) -> torch.Tensor:
+            given = iter(tensors)
+
+            def put(value):
+                return next(given) if isinstance(value, torch.Tensor) else value
+
+            return getattr(FF, op)(
+                put(sample.input), *map(put, sample.args), **{k: put(v) for k, v in sample.kwargs.items()}
+            )
+
+        batched = {"check_batched_grad": True}
+        torch.autograd.gradcheck(function, leaves, check_forward_ad=True, check_batched_forward_grad=True, **batched)
+        torch.autograd.gradgradcheck(function, leaves, check_fwd_over_rev=True, **batched)
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_error_inputs(op: str, place) -> None:
     info = OP_INFOS[op]
     if info.error_inputs_func is None:

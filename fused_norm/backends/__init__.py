@@ -24,8 +24,8 @@ Types
     and of the weight if there is one; dy and ddx have x's dtype.
 Results
     ``y`` and ``dx`` are fresh and contiguous, with the shape and dtype of x. ``stats`` is fp32 (fp64 for fp64 x):
-    ``(2, M)`` holding ``rstd`` then ``mean``, or ``(1, M)`` holding ``rstd`` alone for ``rms=True``; ``(0, M)`` if
-    ``need_stats`` is false. A gradient that is not needed may come back as anything and is ignored.
+    ``(2, M)`` holding ``rstd`` then ``mean``, or ``(1, M)`` holding ``rstd`` alone for ``rms=True``; ``(0, M)``
+    or None if ``need_stats`` is false. A gradient that is not needed may come back as anything and is ignored.
 Double backward
     ``ddx``, ``ddw``, ``ddb`` are the gradients that reach backward's results dx, dw, db; each may be None, for zeros.
     ``dy`` may be None if neither ``need_dx`` nor ``need_dw``. With ``need_ddy`` alone this is the forward derivative

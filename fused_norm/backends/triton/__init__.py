@@ -1,11 +1,17 @@
 """The Triton backend: LayerNorm and RMSNorm for CUDA, ROCm and XPU, by the contract of :mod:`fused_norm.backends`.
 
 Importing this module imports no triton, which is optional and slow to load; the first call does.
+
+Each kernel is an operator too, ``fused_norm::triton_norm_forward`` and so on. Where torch traces (torch.compile,
+make_fx, FakeTensor), the operator stands for the kernel; all other calls go past it, for an operator in Python costs
+more than a launch.
 """
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -32,6 +38,42 @@ def unavailable(device_type: str) -> str | None:
     return None
 
 
+_library = torch.library.Library("fused_norm", "FRAGMENT")
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+_mode_count = torch._C._len_torch_dispatch_stack
+_pre_dispatch = functools.partial(torch._C._dispatch_tls_is_dispatch_key_included, torch._C.DispatchKey.PreDispatch)
+
+
+def _operator(schema: str) -> Callable[[Callable], Callable]:
+    """Make a launcher an operator of this schema too, for what is to see the call before the GPU does."""
+
+    def decorate(launch: Callable) -> Callable:
+        name = f"triton_{launch.__name__}"
+
+        def kernel(*args):
+            device = next(a.device for a in args if isinstance(a, Tensor))
+            # An operator's results are tensors.
+            return tuple(torch.empty(0, device=device) if r is None else r for r in launch(*args))
+
+        _library.define(name + schema)
+        _library.impl(name, kernel, "CompositeExplicitAutograd")
+        operator = getattr(torch.ops.fused_norm, name).default
+
+        @functools.wraps(launch)
+        def function(*args):
+            if _mode_count() or _pre_dispatch() or any(isinstance(a, Tensor) and type(a) not in _PLAIN for a in args):
+                return operator(*args)
+            return launch(*args)
+
+        return function
+
+    return decorate
+
+
+@_operator(
+    "(Tensor x, Tensor? weight, Tensor? bias, int n, int groups, float eps, bool rms, bool need_stats)"
+    " -> (Tensor y, Tensor stats)"
+)
 def norm_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, n: int, groups: int, eps: float, rms: bool, need_stats: bool
 ) -> tuple[Tensor, Tensor]:
@@ -40,6 +82,10 @@ def norm_forward(
     return norm.norm_forward(x, weight, bias, n, groups, eps, rms, need_stats)
 
 
+@_operator(
+    "(Tensor dy, Tensor x, Tensor stats, Tensor? weight, int n, int groups, bool rms, ScalarType param_dtype,"
+    " bool need_dx, bool need_dw, bool need_db) -> (Tensor dx, Tensor dw, Tensor db)"
+)
 def norm_backward(
     dy: Tensor,
     x: Tensor,
@@ -58,6 +104,11 @@ def norm_backward(
     return norm.norm_backward(dy, x, stats, weight, n, groups, rms, param_dtype, need_dx, need_dw, need_db)
 
 
+@_operator(
+    "(Tensor? ddx, Tensor? ddw, Tensor? ddb, Tensor? dy, Tensor x, Tensor stats, Tensor? weight, int n, int groups,"
+    " bool rms, ScalarType param_dtype, bool need_ddy, bool need_dx, bool need_dw)"
+    " -> (Tensor grad_dy, Tensor grad_x, Tensor grad_w)"
+)
 def norm_double_backward(
     ddx: Tensor | None,
     ddw: Tensor | None,
