@@ -223,11 +223,19 @@ def test_every_backend_keeps_the_contract(name: str, groups: int, rms: bool) -> 
     y, stats = module.norm_forward(x, w, b, 8, groups, 1e-5, rms, True)
     assert y.shape == x.shape and y.dtype == x.dtype and y.is_contiguous() and not y._is_view()
     assert stats.shape == (1 if rms else 2, 6) and stats.dtype == torch.float32
-    assert module.norm_forward(x, w, b, 8, groups, 1e-5, rms, False)[1].shape == (0, 6)
+    no_stats = module.norm_forward(x, w, b, 8, groups, 1e-5, rms, False)[1]
+    assert no_stats is None or no_stats.shape == (0, 6)
     dx, dw, db = module.norm_backward(dy, x, stats, w, 8, groups, rms, torch.float32, True, True, True)
     assert dx.shape == x.shape and dx.dtype == x.dtype
     assert dw.shape == db.shape == (groups, 8) and dw.dtype == db.dtype == torch.float32
     module.norm_backward(dy, x, stats, None, 8, groups, rms, torch.float32, True, False, False)
+    ddx, ddw = torch.randn(6, 8).bfloat16(), torch.randn(groups, 8)
+    args = ddx, ddw, ddw, dy, x, stats, w.float(), 8, groups, rms, torch.float32
+    grad_dy, grad_x, grad_w = module.norm_double_backward(*args, True, True, True)
+    assert grad_dy.shape == grad_x.shape == x.shape and grad_dy.dtype == grad_x.dtype == x.dtype
+    assert grad_w.shape == (groups, 8) and grad_w.dtype == torch.float32
+    args = None, None, ddw, None, x, stats, None, 8, groups, rms, torch.float32
+    assert module.norm_double_backward(*args, True, False, False)[0].shape == x.shape
 
 
 # ----------------------------------------------------------------------------------------------- other processes

@@ -25,7 +25,8 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-from fused_norm import reference  # noqa: E402
+import fused_norm.functional as FF  # noqa: E402
+from fused_norm import reference, use_backend  # noqa: E402
 from fused_norm.backends import triton as backend  # noqa: E402
 from fused_norm.backends.triton import double_backward, launch, norm  # noqa: E402
 from fused_norm.testing import (  # noqa: E402
@@ -842,6 +843,91 @@ def test_alignment() -> None:
 
 
 # ---------------------------------------------------------------------------------------------- availability and import
+
+
+# ------------------------------------------------------------------------------------------- under autograd and compile
+
+
+OPERATIONS = {
+    "layer_norm": lambda x, w, b: FF.layer_norm(x, (3,), w, b),
+    "rms_norm": lambda x, w, b: FF.rms_norm(x, (3,), w, 1e-5),
+}
+on_both = pytest.mark.parametrize("operation", OPERATIONS)
+
+
+def _leaves(dtype: torch.dtype = FP64) -> list[Tensor]:
+    return [torch.randn(s, dtype=dtype).to(DEVICE).requires_grad_() for s in ((2, 3), (3,), (3,))]
+
+
+@runs_kernels
+@on_both
+def test_finite_differences(operation: str) -> None:
+    """Both orders, both modes and their mixtures, batched: the interpreter's share of tests/test_opinfo.py."""
+    leaves = _leaves()[: 3 if operation == "layer_norm" else 2]
+
+    def function(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        return OPERATIONS[operation](x, w, b)
+
+    with use_backend("triton"):
+        batched = {"check_batched_grad": True}
+        torch.autograd.gradcheck(function, leaves, check_forward_ad=True, check_batched_forward_grad=True, **batched)
+        torch.autograd.gradgradcheck(function, leaves, check_fwd_over_rev=True, **batched)
+
+
+@runs_kernels
+@on_both
+def test_transforms_run_on_the_kernels(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Per-sample gradients and a Hessian-vector product; the reference's formulas are out of reach meanwhile."""
+    x, w, b = (t.detach() for t in _leaves())
+    per_sample, hvp = _transforms(OPERATIONS[operation], x, w, b)
+    with use_backend("reference"):
+        expected = per_sample(), hvp()
+    for name in ("norm_forward", "norm_backward", "norm_double_backward"):
+        monkeypatch.setattr(reference, name, None)
+    with use_backend("triton"):
+        torch.testing.assert_close((per_sample(), hvp()), expected, rtol=1e-9, atol=1e-9)
+
+
+def _transforms(norm: Callable, x: Tensor, w: Tensor, b: Tensor) -> tuple[Callable, Callable]:
+    def loss(x: Tensor, w: Tensor) -> Tensor:
+        return norm(x, w, b).sin().sum()
+
+    gradient = torch.func.grad(loss, (0, 1))
+    return (
+        lambda: torch.vmap(gradient, in_dims=(0, None))(x, w),
+        lambda: torch.func.jvp(gradient, (x, w), (x.cos(), w.cos()))[1],
+    )
+
+
+@runs_kernels
+@on_both
+def test_compiled(operation: str) -> None:
+    """The operators that stand for the kernels in a graph, with their fakes, give the kernels' bits."""
+    results = []
+    start = [t.detach() for t in _leaves(FP32)]
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        leaves = [t.clone().requires_grad_() for t in start]
+        function = OPERATIONS[operation]
+        with use_backend("triton"):
+            y = (torch.compile(function, fullgraph=True, backend="aot_eager") if compiled else function)(*leaves)
+            results.append((y, *torch.autograd.grad(y.sin().sum(), leaves[:2])))
+    for a, e in zip(*results, strict=True):
+        assert torch.equal(a, e)
+
+
+@runs_kernels
+def test_operators() -> None:
+    x, w = (t.detach() for t in _leaves(FP32)[:2])
+    namespace = torch.ops.fused_norm
+    y, stats = namespace.triton_norm_forward(x, w, None, 3, 1, 1e-5, False, True)
+    calls = {
+        "forward": (x, w, None, 3, 1, 1e-5, False, True),
+        "backward": (y, x, stats, w, 3, 1, False, FP32, True, True, False),
+        "double_backward": (y, w, None, x, x, stats, w, 3, 1, False, FP32, True, True, False),
+    }
+    for name, args in calls.items():
+        torch.library.opcheck(getattr(namespace, f"triton_norm_{name}").default, args)
 
 
 def test_unavailable_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

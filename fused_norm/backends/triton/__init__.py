@@ -60,10 +60,10 @@ def _operator(schema: str) -> Callable[[Callable], Callable]:
         operator = getattr(torch.ops.fused_norm, name).default
 
         @functools.wraps(launch)
-        def function(*args):
+        def function(*args, **kwargs):
             if _mode_count() or _pre_dispatch() or any(isinstance(a, Tensor) and type(a) not in _PLAIN for a in args):
-                return operator(*args)
-            return launch(*args)
+                return operator(*args, **kwargs)
+            return launch(*args, **kwargs)
 
         return function
 
