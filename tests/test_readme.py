@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands."""
+"""The README's Python runs as it stands, and the tests that it names exist."""
 
 from __future__ import annotations
 
@@ -18,3 +18,11 @@ def test_there_is_python_to_run() -> None:
 @pytest.mark.parametrize("block", BLOCKS)
 def test_python_runs(block: str) -> None:
     exec(compile(block, str(README), "exec"), {})
+
+
+def test_the_tests_that_it_names_exist() -> None:
+    named = re.findall(r"`(test_\w+)::(test_\w+)`", README.read_text(encoding="utf-8"))
+    assert len(named) > 10
+    for file, test in named:
+        source = (README.parent / "tests" / f"{file}.py").read_text(encoding="utf-8")
+        assert f"def {test}(" in source, (file, test)
