@@ -314,6 +314,15 @@ def test_reverse_over_forward(op: str, kernels_only) -> None:
         # Outside, where the tangents are gone: inside, torch would differentiate these gradients forward once more.
         results.append(torch.autograd.grad(y.sin().sum(), [*leaves, *directions]))
     _close(*results)
+    for wanted in range(2):  # x alone, the weight alone
+        results = []
+        for namespace in (FF, composite):
+            leaves = [t.clone().requires_grad_(i == wanted) for i, t in enumerate(inputs[:2])]
+            with fwAD.dual_level():
+                x, w = (fwAD.make_dual(t, d) for t, d in zip(leaves, tangents, strict=False))
+                y = fwAD.unpack_dual(call(op, namespace, x, (7,), w)).tangent
+            results.append(torch.autograd.grad(y.sin().sum(), leaves[wanted]))
+        _close(*results)
 
 
 # --------------------------------------------------------------------------------------------------------- torch.func
