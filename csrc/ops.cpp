@@ -211,6 +211,27 @@ std::tuple<Tensor, std::optional<Tensor>> norm_forward(
 
 namespace {
 
+// Where the rows' rstd lie, after checking that stats holds one of each row, and a mean too unless rms.
+const void* check_stats(const Tensor& stats, const Rows& rows, bool rms) {
+  const Dtype acc = accumulation(rows.dtype);
+  STD_TORCH_CHECK(stats.is_cpu() && stats.is_contiguous(), "stats is not a contiguous CPU tensor");
+  STD_TORCH_CHECK(
+      stats.scalar_type() == scalar_type(acc), "stats has dtype ", torch::headeronly::toString(stats.scalar_type()), ", expected ",
+      dtype_name(acc));
+  STD_TORCH_CHECK(
+      stats.numel() == (rms ? 1 : 2) * rows.count, "stats has shape ", shape(stats), ", expected (", rms ? 1 : 2, ", ", rows.count, ")");
+  return data_of(stats, "stats");
+}
+
+// The row stride of a tensor that has an element for each of x's.
+int64_t check_like_x(const Tensor& t, const Tensor& x, int64_t n, const char* name) {
+  STD_TORCH_CHECK(
+      t.scalar_type() == x.scalar_type(), name, " has dtype ", torch::headeronly::toString(t.scalar_type()), ", x has ",
+      torch::headeronly::toString(x.scalar_type()));
+  STD_TORCH_CHECK(t.numel() == x.numel(), name, " has shape ", shape(t), ", x has ", shape(x));
+  return row_stride(t, n, name);
+}
+
 // How a group's rows are cut into chunks, each with partial rows of dw and db of its own. By the shape alone.
 struct Chunks {
   int64_t per_group, rows;
@@ -249,25 +270,14 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(
     ScalarType param_dtype, bool need_dx, bool need_dw, bool need_db) {
   const Rows rows = rows_of(x, n, groups);
   const Dtype acc = accumulation(rows.dtype);
-  STD_TORCH_CHECK(
-      dy.scalar_type() == x.scalar_type(), "dy has dtype ", torch::headeronly::toString(dy.scalar_type()), ", x has ",
-      dtype_name(rows.dtype));
-  STD_TORCH_CHECK(dy.numel() == x.numel(), "dy has shape ", shape(dy), ", x has ", shape(x));
   NormBackward a{};
+  a.dy_stride = check_like_x(dy, x, n, "dy");
   a.dy = data_of(dy, "dy");
   a.x = data_of(x, "x");
   a.n = n;
-  a.dy_stride = row_stride(dy, n, "dy");
   a.x_stride = rows.stride;
   if (need_dx || need_dw) {
-    STD_TORCH_CHECK(stats.is_cpu() && stats.is_contiguous(), "stats is not a contiguous CPU tensor");
-    STD_TORCH_CHECK(
-        stats.scalar_type() == scalar_type(acc), "stats has dtype ", torch::headeronly::toString(stats.scalar_type()), ", expected ",
-        dtype_name(acc));
-    STD_TORCH_CHECK(
-        stats.numel() == (rms ? 1 : 2) * rows.count, "stats has shape ", shape(stats), ", expected (", rms ? 1 : 2, ", ",
-        rows.count, ")");
-    a.rstd = data_of(stats, "stats");
+    a.rstd = check_stats(stats, rows, rms);
     if (!rms) a.mean = (const char*)a.rstd + rows.count * size_of(acc);
   }
   Dtype weight_dtype = rows.dtype;
@@ -302,31 +312,6 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(
   Tensor db = need_db ? reduce(db_partial, rows, groups, chunks.per_group, out_dtype) : empty({0}, out_dtype);
   return {std::move(dx), std::move(dw), std::move(db)};
 }
-
-namespace {
-
-// Where the rows' rstd lie, after checking that stats holds one of each row, and a mean too unless rms.
-const void* check_stats(const Tensor& stats, const Rows& rows, bool rms) {
-  const Dtype acc = accumulation(rows.dtype);
-  STD_TORCH_CHECK(stats.is_cpu() && stats.is_contiguous(), "stats is not a contiguous CPU tensor");
-  STD_TORCH_CHECK(
-      stats.scalar_type() == scalar_type(acc), "stats has dtype ", torch::headeronly::toString(stats.scalar_type()), ", expected ",
-      dtype_name(acc));
-  STD_TORCH_CHECK(
-      stats.numel() == (rms ? 1 : 2) * rows.count, "stats has shape ", shape(stats), ", expected (", rms ? 1 : 2, ", ", rows.count, ")");
-  return data_of(stats, "stats");
-}
-
-// The row stride of a tensor that has an element for each of x's.
-int64_t check_like_x(const Tensor& t, const Tensor& x, int64_t n, const char* name) {
-  STD_TORCH_CHECK(
-      t.scalar_type() == x.scalar_type(), name, " has dtype ", torch::headeronly::toString(t.scalar_type()), ", x has ",
-      torch::headeronly::toString(x.scalar_type()));
-  STD_TORCH_CHECK(t.numel() == x.numel(), name, " has shape ", shape(t), ", x has ", shape(x));
-  return row_stride(t, n, name);
-}
-
-}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> norm_double_backward(
     const std::optional<Tensor>& ddx, const std::optional<Tensor>& ddw, const std::optional<Tensor>& ddb, const std::optional<Tensor>& dy,

@@ -14,6 +14,7 @@ parameter has ``n`` elements for each.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from types import ModuleType
 
@@ -26,7 +27,6 @@ from . import reference
 _reshape_fresh = torch.ops.aten._unsafe_view.default
 _functorch_active = torch._C._are_functorch_transforms_active
 _is_compiling = torch.compiler.is_compiling
-#: Of tensors under ``is_grads_batched=True``: an older vmap, which asks for no rule. They go to the reference.
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
@@ -54,7 +54,7 @@ def as_rows(t: Tensor, n: int) -> Tensor:
 
 
 def dense(p: Tensor | None) -> Tensor | None:
-    """A parameter as the kernels take it: contiguous, with no minus sign pending."""
+    """A parameter or statistics as the kernels take them: contiguous, with no minus sign pending."""
     if p is None or (p.is_contiguous() and not p.is_neg() and not p._is_zerotensor()):
         return p
     return resolve(p).contiguous()
@@ -141,13 +141,11 @@ def _norm_backward(
     backend: ModuleType,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Run the backend's backward. ``dw_groups`` and ``db_groups`` are the numbers of rows of dw and db, 0 for none."""
-    if _is_legacy_batched(dy):
-        backend = reference
     groups = 1
     if dw_groups > 1 or db_groups > 1 or (weight is not None and weight.numel() != n):
         groups = max(_groups(weight, n), dw_groups, db_groups)
         weight = _spread(weight, n, groups)
-    rows, dy = as_rows(x, n), as_rows(dy, n)
+    rows, dy, stats, weight = as_rows(x, n), as_rows(dy, n), dense(stats), dense(weight)
     dx, dw, db = backend.norm_backward(
         dy, rows, stats, weight, n, groups, rms, param_dtype, need_dx, dw_groups == groups, db_groups == groups
     )
@@ -176,11 +174,10 @@ def _norm_double_backward(
     backend: ModuleType,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Run the backend's double backward. ``dw_groups`` is the number of rows of grad_w, 0 for none."""
-    if any(t is not None and _is_legacy_batched(t) for t in (ddx, ddw, ddb, dy)):
-        backend = reference
     groups = max(*(_groups(p, n) for p in (weight, ddw, ddb)), dw_groups)
     rows, weight, ddw, ddb = as_rows(x, n), *(_spread(dense(p), n, groups) for p in (weight, ddw, ddb))
     ddx, dy = (None if t is None else as_rows(t, n) for t in (ddx, dy))
+    stats = dense(stats)
     grad_dy, grad_x, grad_w = backend.norm_double_backward(
         *(ddx, ddw, ddb, dy, rows, stats, weight, n, groups, rms, param_dtype),
         *(need_ddy, need_dx, dw_groups == groups),
@@ -193,6 +190,40 @@ def _norm_double_backward(
         _shaped_like(grad_dy, x) if need_ddy else None,
         _shaped_like(grad_x, x) if need_dx else None,
         grad_w if dw_groups else None,
+    )
+
+
+def legacy_batched(*tensors: Tensor | None) -> bool:
+    """Whether one is a tensor of ``is_grads_batched=True``: an older vmap, which asks a Function for no rule.
+
+    A Function would lose its graph there: the formulas must stand in its place.
+    """
+    return any(t is not None and _is_legacy_batched(t) for t in tensors)
+
+
+def _backward(dy, x, stats, weight, n, eps, rms, param_dtype, need_dx, dw_groups, db_groups, backend):
+    """Backward's results, differentiable where someone may differentiate them."""
+    if legacy_batched(dy):
+        _, stats = reference.norm_forward(x, None, None, n, 1, eps, rms, True)
+        backend = reference
+    elif torch.is_grad_enabled() or transforms_active():
+        return NormBackward.call(dy, x, stats, weight, n, eps, rms, param_dtype, need_dx, dw_groups, db_groups, backend)
+    return _norm_backward(dy, x, stats, weight, n, rms, param_dtype, need_dx, dw_groups, db_groups, backend)
+
+
+def _double_backward(
+    ddx, ddw, ddb, dy, x, stats, weight, n, eps, rms, param_dtype, need_ddy, need_dx, dw_groups, backend
+):
+    """Double backward's results, likewise."""
+    if legacy_batched(ddx, ddw, ddb, dy):
+        _, stats = reference.norm_forward(x, None, None, n, 1, eps, rms, True)
+        backend = reference
+    elif torch.is_grad_enabled() or transforms_active():
+        return NormDoubleBackward.call(
+            ddx, ddw, ddb, dy, x, stats, weight, n, eps, rms, param_dtype, need_ddy, need_dx, dw_groups, backend
+        )
+    return _norm_double_backward(
+        ddx, ddw, ddb, dy, x, stats, weight, n, rms, param_dtype, need_ddy, need_dx, dw_groups, backend
     )
 
 
@@ -209,11 +240,11 @@ def _fold_rows(t: Tensor | None, dim: int | None, batch: int) -> Tensor | None:
 def _fold_stats(stats: Tensor, dim: int | None, batch: int) -> Tensor:
     """(k, M) statistics of each example as (k, batch * M)."""
     stats = stats.unsqueeze(1).expand(-1, batch, -1) if dim is None else stats.movedim(dim, 1)
-    return stats.reshape(stats.shape[0], -1)
+    return stats.reshape(stats.shape[0], batch * stats.shape[2]).contiguous()  # of one row, reshape is a view
 
 
 def _unfold_stats(stats: Tensor, batch: int) -> Tensor:
-    return stats.view(stats.shape[0], batch, -1)
+    return stats.view(stats.shape[0], batch, stats.shape[1] // batch)
 
 
 def _fold_param(p: Tensor | None, dim: int | None, batch: int, n: int) -> Tensor | None:
@@ -224,7 +255,12 @@ def _fold_param(p: Tensor | None, dim: int | None, batch: int, n: int) -> Tensor
 
 
 def _unfold_param(p: Tensor | None, batch: int) -> Tensor | None:
-    return None if p is None else p.view(batch, -1, p.shape[1])
+    return None if p is None else p.view(batch, p.shape[0] // batch, p.shape[1])
+
+
+def _nothing(x: Tensor, n: int, *groups: int, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    """What vmap over a batch of 0 gives of parameters' gradients that have so many ``groups``; 0 is none needed."""
+    return tuple(x.new_empty((0, g, n), dtype=dtype) if g else None for g in groups)
 
 
 def _out_dims(results: tuple[Tensor | None, ...]) -> tuple[int | None, ...]:
@@ -265,14 +301,9 @@ class Norm(_Function):
         param_dtype = weight.dtype if weight is not None else bias_like[0] if bias_like else x.dtype
         dw_groups = weight.numel() // n if need_dw else 0
         db_groups = bias_like[1].numel() // n if need_db else 0
-        if torch.is_grad_enabled() or transforms_active():
-            dx, dw, db = NormBackward.call(
-                dy, x, stats, weight, n, ctx.eps, ctx.rms, param_dtype, need_dx, dw_groups, db_groups, ctx.backend
-            )
-        else:
-            dx, dw, db = _norm_backward(
-                dy, x, stats, weight, n, ctx.rms, param_dtype, need_dx, dw_groups, db_groups, ctx.backend
-            )
+        dx, dw, db = _backward(
+            dy, x, stats, weight, n, ctx.eps, ctx.rms, param_dtype, need_dx, dw_groups, db_groups, ctx.backend
+        )
         if need_dw:
             dw = dw.view(weight.shape)
         if need_db:
@@ -283,7 +314,7 @@ class Norm(_Function):
     def jvp(ctx, saved, dx, dw, db, *_):
         x, weight, stats = saved
         param = next((p for p in (weight, dw, db) if p is not None), x)
-        dy, _, _ = NormDoubleBackward.call(
+        dy, _, _ = _double_backward(
             *(dx, dw, db, None, x, stats, weight, ctx.n, ctx.eps, ctx.rms, param.dtype, True, False, 0, ctx.backend)
         )
         return dy, None
@@ -292,6 +323,10 @@ class Norm(_Function):
     def vmap(info, in_dims, x, weight, bias, n, eps, rms, backend):
         batch = info.batch_size
         x = _fold_rows(x, in_dims[0], batch)
+        if batch == 0:  # nothing to compute, but still connected to the graph
+            y = sum((p.sum() * 0 for p in (weight, bias) if p is not None), x.clone())
+            rows = math.prod(x.shape[1:]) // n
+            return (y, x.new_empty((1 if rms else 2, 0, rows), dtype=reference.accumulation_dtype(x))), (0, 1)
         weight, bias = (_fold_param(p, d, batch, n) for p, d in zip((weight, bias), in_dims[1:3], strict=True))
         y, stats = Norm.call(x, weight, bias, n, eps, rms, backend)
         return (y, _unfold_stats(stats, batch)), (0, 1)
@@ -323,15 +358,9 @@ class NormBackward(_Function):
         if ddx is None and ddw is None and ddb is None:
             return (None,) * 12
         dw_groups = weight.numel() // n if need_dw else 0
-        if torch.is_grad_enabled() or transforms_active():
-            grad_dy, grad_x, grad_w = NormDoubleBackward.call(
-                *(ddx, ddw, ddb, dy, x, stats, weight, n, eps, rms, param_dtype),
-                *(need_ddy, need_dx, dw_groups, backend),
-            )
-        else:
-            grad_dy, grad_x, grad_w = _norm_double_backward(
-                ddx, ddw, ddb, dy, x, stats, weight, n, rms, param_dtype, need_ddy, need_dx, dw_groups, backend
-            )
+        grad_dy, grad_x, grad_w = _double_backward(
+            ddx, ddw, ddb, dy, x, stats, weight, n, eps, rms, param_dtype, need_ddy, need_dx, dw_groups, backend
+        )
         return grad_dy, grad_x, None, None if grad_w is None else grad_w.view(weight.shape), *(None,) * 8
 
     @_jvp_rule
@@ -341,14 +370,12 @@ class NormBackward(_Function):
         result: list[Tensor | None] = [None, None, None]
         if dx is not None or dweight is not None:
             # The Hessian of <dy, y> is symmetric: its product with a direction is that of double backward.
-            _, *result[:2] = NormDoubleBackward.call(
+            _, *result[:2] = _double_backward(
                 *(dx, dweight, None, dy, x, stats, weight, n, eps, rms, param_dtype),
                 *(False, need_dx, dw_groups, backend),
             )
         if ddy is not None:
-            linear = NormBackward.call(
-                ddy, x, stats, weight, n, eps, rms, param_dtype, need_dx, dw_groups, db_groups, backend
-            )
+            linear = _backward(ddy, x, stats, weight, n, eps, rms, param_dtype, need_dx, dw_groups, db_groups, backend)
             result = [b if a is None else a if b is None else a + b for a, b in zip(result, linear, strict=True)]
         elif db_groups:
             result[2] = x.new_zeros((db_groups, n), dtype=param_dtype)  # forward-mode AD takes no None for an output
@@ -358,6 +385,10 @@ class NormBackward(_Function):
     def vmap(info, in_dims, dy, x, stats, weight, n, eps, rms, param_dtype, need_dx, dw_groups, db_groups, backend):
         batch = info.batch_size
         dy, x = _fold_rows(dy, in_dims[0], batch), _fold_rows(x, in_dims[1], batch)
+        if batch == 0:
+            dx = torch.empty_like(x) if need_dx else None
+            results = dx, *_nothing(x, n, dw_groups, db_groups, dtype=param_dtype)
+            return results, _out_dims(results)
         stats = _fold_stats(stats, in_dims[2], batch)
         weight = _fold_param(weight, in_dims[3], batch, n)
         dx, dw, db = NormBackward.call(
@@ -412,12 +443,12 @@ class NormDoubleBackward(_Function):
         result: list[Tensor | None] = [None] * 15
         if need_ddx or need_ddw or need_ddb:
             groups = [p.numel() // n if need else 0 for p, need in ((ddw, need_ddw), (ddb, need_ddb))]
-            grads = NormBackward.call(s, x, stats, weight, n, eps, rms, dtype, need_ddx, *groups, backend)
+            grads = _backward(s, x, stats, weight, n, eps, rms, dtype, need_ddx, *groups, backend)
             for i, (grad, t) in enumerate(zip(grads, (ddx, ddw, ddb), strict=True)):
                 result[i] = None if grad is None else grad.view(t.shape)
         if need_x or need_w:
             groups = weight.numel() // n if need_w else 0
-            _, result[4], grad_w = NormDoubleBackward.call(
+            _, result[4], grad_w = _double_backward(
                 ddx, ddw, ddb, s, x, stats, weight, n, eps, rms, dtype, False, need_x, groups, backend
             )
             result[6] = None if grad_w is None else grad_w.view(weight.shape)
@@ -460,6 +491,10 @@ class NormDoubleBackward(_Function):
     ):
         batch = info.batch_size
         ddx, dy, x = (_fold_rows(t, in_dims[i], batch) for i, t in ((0, ddx), (3, dy), (4, x)))
+        if batch == 0:
+            grad_dy, grad_x = (torch.empty_like(x) if needed else None for needed in (need_ddy, need_dx))
+            results = grad_dy, grad_x, *_nothing(x, n, dw_groups, dtype=dtype)
+            return results, _out_dims(results)
         stats = _fold_stats(stats, in_dims[5], batch)
         ddw, ddb, weight = (_fold_param(p, in_dims[i], batch, n) for i, p in ((1, ddw), (2, ddb), (6, weight)))
         grad_dy, grad_x, grad_w = NormDoubleBackward.call(

@@ -102,7 +102,10 @@ def select(op: str, device_type: str) -> ModuleType | None:
 
     Raises RuntimeError if the user chose a backend that cannot run there.
     """
-    name = _chosen.get()
+    return _backend(_chosen.get(), op, device_type)
+
+
+def _backend(name: str, op: str, device_type: str) -> ModuleType | None:
     return _auto(op, device_type) if name == "auto" else _named(name, op, device_type)
 
 
@@ -116,7 +119,7 @@ def compile_plan(op: str, device_type: str) -> str:
 
 
 def _plan(op: str, device_type: str, latest: str) -> str:
-    module = select(op, device_type)
+    module = _backend(latest, op, device_type)
     name = "torch" if module is None else module.__name__.rpartition(".")[2]
     return f"{name} {__version__}"
 
@@ -140,7 +143,7 @@ def use_backend(name: str) -> Iterator[None]:
 
     Calls that no backend of ours serves (under ``torch.export`` or ``torch.jit.trace``, on tensor subclasses) go to
     torch's own function all the same. With activation checkpointing, which recomputes forward during backward, choose
-    by ``FUSED_NORM_BACKEND``.
+    by ``FUSED_NORM_BACKEND``. Compiled code goes by the choice that was made last in the process, by whatever thread.
 
     Args:
         name: ``"auto"``, ``"triton"``, ``"native"``, ``"torch"`` or ``"reference"``. Backward runs on the backend that

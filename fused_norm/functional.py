@@ -1,7 +1,7 @@
 """The public functions: validate once, choose a backend, run it under autograd.
 
 Every function does what its counterpart in ``torch.nn.functional`` does; what no kernel serves (tensor subclasses,
-other devices and dtypes, empty input, torch.func transforms, forward-mode AD, torch.compile) is handed to torch's own.
+other devices and dtypes, empty input, torch.export, torch.jit.trace) is handed to torch's own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import dispatch, ops, reference
-from .autograd import Norm, Ticks, dense, norm_forward, transforms_active
+from .autograd import Norm, Ticks, dense, legacy_batched, norm_forward, resolve, transforms_active
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _LOW_PRECISION = frozenset({torch.bfloat16, torch.float16})
@@ -27,6 +27,8 @@ _is_compiling = torch.compiler.is_compiling
 _is_exporting = torch.compiler.is_exporting
 _is_tracing = torch._C._is_tracing
 _is_grad_enabled = torch.is_grad_enabled
+_functorch_active = torch._C._are_functorch_transforms_active
+_unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 
 
 def layer_norm(
@@ -151,6 +153,10 @@ def _checked_norm(
     if not ordinary and (weight is not None or bias is not None):
         weight, bias = _checked_params(rms, x, shape, weight, bias)
 
+    if not (ordinary or by_formulas):
+        x, weight, bias = (None if t is None else _unwrap_if_dead(t) for t in (x, weight, bias))
+        x = resolve(x) if x.is_neg() else x  # forward mode of forward mode loses its way in such a view
+        by_formulas = legacy_batched(x, weight, bias) or _functionalizing()
     if by_formulas and x.numel():
         return reference.norm_forward(x, weight, bias, n, 1, eps, rms, False)[0]
     backend = None if by_formulas else dispatch.select("norm", device_type)
@@ -170,6 +176,13 @@ def _checked_norm(
     if ordinary and x.is_contiguous():  # as_rows and the view of its result would do nothing
         return backend.norm_forward(x, weight, bias, n, 1, eps, rms, False)[0]
     return norm_forward(x, weight, bias, n, eps, rms, backend)[0]
+
+
+def _functionalizing() -> bool:
+    """Under torch.func.functionalize, which takes no autograd.Function."""
+    return _functorch_active() and any(
+        i.key() == torch._C._functorch.TransformType.Functionalize for i in torch._C._functorch.get_interpreter_stack()
+    )
 
 
 def _compiled_norm(rms: bool, x, shape, weight, bias, eps, plan: str) -> Tensor:

@@ -15,9 +15,13 @@ def unavailable(device_type: str) -> str | None:
     return None
 
 
+def accumulation_dtype(t: Tensor) -> torch.dtype:
+    """The dtype that sums of ``t`` are taken in."""
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
 def _acc(t: Tensor) -> Tensor:
-    """``t`` in the dtype that sums are taken in."""
-    return t if t.dtype == torch.float64 else t.to(torch.float32)
+    return t.to(accumulation_dtype(t))
 
 
 def _per_group(p: Tensor, n: int) -> Tensor:

@@ -14,7 +14,19 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from cases import DTYPES, LOW_PRECISION, OPS, call, leaf
 from torch import Tensor
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, stack_module_state, vjp, vmap
+from torch.func import (
+    functional_call,
+    functionalize,
+    grad,
+    hessian,
+    jacfwd,
+    jacrev,
+    jvp,
+    linearize,
+    stack_module_state,
+    vjp,
+    vmap,
+)
 
 import fused_norm
 import fused_norm.functional as FF
@@ -246,7 +258,10 @@ def test_batched_gradients(op: str, place) -> None:
             leaves = [leaf(t) for t in inputs]
             y = call(op, namespace, leaves[0], (7,), *leaves[1:])
             options = {"is_grads_batched": True, "create_graph": create_graph}
-            results.append(torch.autograd.grad(y, leaves, upstream, **options))
+            grads = torch.autograd.grad(y, leaves, upstream, **options)
+            results.append(grads)
+            if create_graph:  # the graph must go on through the older vmap
+                results[-1] += torch.autograd.grad(sum(g.sin().sum() for g in grads), leaves[:2])
         _close(*results)
 
 
@@ -470,6 +485,92 @@ def test_functional_call_with_stacked_parameters(op: str, kernels_only) -> None:
     _close(*results)
 
 
+@both_ops
+@pytest.mark.parametrize("x_shape", [(7,), (1, 7)], ids=str)
+def test_vmap_over_derivatives_of_a_single_row(op: str, x_shape, kernels_only) -> None:
+    """Statistics of one row, expanded over a batch of cotangents, are a view without strides of their own."""
+    _not_torchs_own(kernels_only)
+    inputs = _three(kernels_only.device, *x_shape)
+    for transform in (jacrev, jacfwd, hessian):
+        _close(*(transform(_function(op, namespace), (0, 1))(*inputs) for namespace in (FF, composite)))
+    directions = torch.randn(3, *x_shape, dtype=torch.float64, device=kernels_only.device)
+    results = []
+    for namespace in (FF, composite):
+        _, pullback = vjp(lambda x, ns=namespace: call(op, ns, x, (7,), *inputs[1:]), inputs[0])
+        results.append(vmap(pullback)(directions))
+    _close(*results)
+
+
+@both_ops
+@pytest.mark.parametrize("dims", [(0, None, None), (None, 0, None), (0, 0, 0)], ids=str)
+def test_vmap_over_a_batch_of_none(op: str, dims, place) -> None:
+    inputs = [_batched(t, d, 2) if d is not None else t for t, d in zip(_three(place.device), dims, strict=True)]
+    inputs = [t[:0] if d is not None else t for t, d in zip(inputs, dims, strict=True)]
+
+    def results(namespace):
+        f = _function(op, namespace)
+        yield vmap(lambda *t: call(op, namespace, t[0], (7,), *t[1:]), dims)(*inputs)
+        yield vmap(grad(f, (0, 1)), dims)(*inputs)
+        yield grad(lambda *t: vmap(f, dims)(*t).sum(), (0, 1))(*inputs)
+        yield vmap(lambda *t: jvp(grad(f, (0, 1)), t, tuple(u.cos() for u in t))[1], dims)(*inputs)
+
+    ours, truth = (torch.utils._pytree.tree_leaves(list(results(namespace))) for namespace in (FF, composite))
+    for a, e in zip(ours, truth, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+@both_ops
+def test_the_older_vmap(op: str, place) -> None:
+    from torch._vmap_internals import _vmap
+
+    results = []
+    start = torch.randn(3, 4, 7, dtype=torch.float64, device=place.device)
+    w = _three(place.device)[1]
+    for namespace in (FF, composite):
+        x = leaf(start)
+        y = _vmap(lambda x, ns=namespace: call(op, ns, x, (7,), w))(x)
+        results.append((y, *torch.autograd.grad(y.sin().sum(), x)))
+    _close(*results)
+
+
+@both_ops
+def test_functionalize(op: str, place) -> None:
+    """torch.func.functionalize, which takes no autograd.Function, around and inside other transforms."""
+    inputs = _three(place.device)
+    f = _function(op, FF)
+    gradients = grad(_function(op, composite), (0, 1))(*inputs)
+    _close(functionalize(grad(f, (0, 1)))(*inputs), gradients)
+    _close(grad(functionalize(f), (0, 1))(*inputs), gradients)
+    _close(
+        functionalize(lambda *t: call(op, FF, t[0], (7,), *t[1:]))(*inputs),
+        call(op, composite, inputs[0], (7,), *inputs[1:]),
+    )
+
+
+@both_ops
+def test_saved_tensors_that_come_back_in_another_layout(op: str, place) -> None:
+    x, w, dy = (torch.randn(*s, dtype=torch.float64, device=place.device) for s in ((4, 2, 4), (2, 4), (4, 2, 4)))
+
+    def turned(t: Tensor) -> Tensor:
+        return t.t().contiguous() if t.dim() == 2 else t
+
+    leaves = leaf(x), leaf(w)
+    with torch.autograd.graph.saved_tensors_hooks(turned, lambda t: t.t() if t.dim() == 2 else t):
+        y = call(op, FF, leaves[0], (2, 4), leaves[1])
+    expected = (leaf(x), leaf(w))
+    z = call(op, FF, expected[0], (2, 4), expected[1])
+    _close(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(z, expected, dy))
+
+
+@both_ops
+def test_forward_over_forward_of_a_view_with_a_pending_minus(op: str, place) -> None:
+    _not_torchs_own(place)
+    x = torch.randn(3, 7, dtype=torch.complex128, device=place.device).conj().imag
+    _, w, b = _three(place.device)
+    ours, truth = (jacfwd(jacfwd(_function(op, ns)))(x, w, b) for ns in (FF, composite))
+    _close(ours, truth)
+
+
 def test_saved_wrappers_that_outlive_their_transform(place) -> None:
     """A tensor that escapes torch.func.grad is a dead wrapper: torch's operators unwrap it, and so do we."""
     escaped = []
@@ -480,7 +581,9 @@ def test_saved_wrappers_that_outlive_their_transform(place) -> None:
 
     x = torch.randn(4, 7, dtype=torch.float64, device=place.device)
     grad(f)(x)
-    torch.testing.assert_close(FF.layer_norm(escaped[0], (7,)), composite.layer_norm(x, (7,)))
+    y = FF.layer_norm(escaped[0], (7,))
+    torch.testing.assert_close(y, composite.layer_norm(x, (7,)))
+    assert not y.requires_grad
     _, pullback = vjp(lambda x: FF.layer_norm(x, (7,)), x)
     (first,) = pullback(x.cos())
     (expected,) = vjp(lambda x: composite.layer_norm(x, (7,)), x)[1](x.cos())

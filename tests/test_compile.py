@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 
 import pytest
 import torch
@@ -170,6 +171,24 @@ def test_a_choice_of_backend_recompiles(op: str) -> None:
     assert len(graphs) == 2
     assert f"reference {fused_norm.__version__}" in graphs[1]
     assert f"reference {fused_norm.__version__}" not in graphs[0]
+
+
+def test_the_choice_of_another_thread() -> None:
+    """What one thread compiles is not what the next asked for by name: the choice made last counts, and is guarded."""
+    graphs = []
+
+    def compiler(graph, _):
+        graphs.append(str(graph.graph))
+        return graph
+
+    compiled = torch.compile(lambda x: FF.layer_norm(x, (24,)), fullgraph=True, backend=compiler)
+    x = torch.randn(5, 24)
+    with fused_norm.use_backend("reference"):
+        thread = threading.Thread(target=compiled, args=(x,))
+        thread.start()
+        thread.join()
+        compiled(x)
+    assert graphs and all(f"reference {fused_norm.__version__}" in g for g in graphs)
 
 
 def test_a_backend_that_cannot_run_raises() -> None:
