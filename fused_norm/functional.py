@@ -24,7 +24,6 @@ _LOW_PRECISION = frozenset({torch.bfloat16, torch.float16})
 _DTYPES = frozenset({torch.float64, torch.float32}) | _LOW_PRECISION
 _DTYPE_NAMES = "float64, float32, bfloat16 and float16"
 _is_compiling = torch.compiler.is_compiling
-_is_exporting = torch.compiler.is_exporting
 _is_tracing = torch._C._is_tracing
 _is_grad_enabled = torch.is_grad_enabled
 _functorch_active = torch._C._are_functorch_transforms_active
@@ -176,6 +175,11 @@ def _checked_norm(
     if ordinary and x.is_contiguous():  # as_rows and the view of its result would do nothing
         return backend.norm_forward(x, weight, bias, n, 1, eps, rms, False)[0]
     return norm_forward(x, weight, bias, n, eps, rms, backend)[0]
+
+
+def _is_exporting() -> bool:
+    # torch.compiler.is_exporting, which Dynamo of torch 2.11 takes for true in all that it traces.
+    return torch.compiler._is_exporting_flag
 
 
 def _functionalizing() -> bool:
