@@ -627,7 +627,7 @@ def test_plain_row_length(case):
         assert type(x) in FF._PLAIN and FF._row_length(False, x, shape, weight, bias) == expected
         for rms in (False, True):
             if (weight is not None or bias is not None) and not (rms and weight is None):
-                checked = FF._checked_params(rms, x, shape, weight, None if rms else bias)
+                checked = [FF.dense(p) for p in FF._checked_params(rms, x, shape, weight, None if rms else bias)]
                 assert checked[0] is weight and checked[1] is (None if rms else bias)
 
 
@@ -652,7 +652,7 @@ def test_plain_row_length_by_chance():
                     try:
                         ordinary = x.numel() and FF._row_length(False, x, shape, weight, bias)
                         if ordinary and (weight is not None or bias is not None):
-                            params = FF._checked_params(False, x, shape, weight, bias)
+                            params = [FF.dense(p) for p in FF._checked_params(False, x, shape, weight, bias)]
                             ordinary *= params[0] is weight and params[1] is bias
                     except (RuntimeError, NotImplementedError):
                         ordinary = 0
