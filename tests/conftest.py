@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import random
+import signal
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,6 +30,12 @@ REQUIRE_VARIABLE = (
 #: Where a test of the public functions runs. The triton backend on a CPU (the interpreter) has its kernel tests.
 CPU_BACKENDS = ("native", "torch", "reference")
 CUDA_BACKENDS = ("triton", "native", "torch", "reference")
+
+
+def pytest_configure() -> None:
+    # A shell starts what it puts in the background with SIGINT ignored, and children inherit that: tests that interrupt
+    # one would wait in vain.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

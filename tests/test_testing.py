@@ -37,8 +37,8 @@ def plant(monkeypatch) -> Iterator[Callable[..., None]]:
             return lambda *args: change(SimpleNamespace(**dict(zip(parameters, args, strict=True))), original(*args))
 
         module = SimpleNamespace(**names | {n: changed(n, c) for n, c in changes.items()})
-        find = dispatch._module
-        monkeypatch.setattr(dispatch, "_module", lambda name: module if name == "reference" else find(name))
+        find = dispatch.load
+        monkeypatch.setattr(dispatch, "load", lambda name: module if name == "reference" else find(name))
         dispatch._named.cache_clear()
 
     yield planted
