@@ -263,7 +263,7 @@ def _row_length(rms: bool, x: Tensor, shape: Sequence[int], weight: Tensor | Non
 def _checked_params(
     rms: bool, x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Weight and bias as the kernels take them: contiguous, of x's dtype or fp32. Raises where torch raises."""
+    """Weight and bias in a dtype that the kernels take: x's, or fp32. Raises where torch raises."""
     for name, p in (("weight", weight), ("bias", bias)):
         if p is None:
             continue

@@ -74,34 +74,22 @@ def _operator(schema: str) -> Callable[[Callable], Callable]:
     "(Tensor x, Tensor? weight, Tensor? bias, int n, int groups, float eps, bool rms, bool need_stats)"
     " -> (Tensor y, Tensor stats)"
 )
-def norm_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, n: int, groups: int, eps: float, rms: bool, need_stats: bool
-) -> tuple[Tensor, Tensor]:
+def norm_forward(*args, **kwargs):
+    """The contract's function, by :mod:`.norm`."""
     from . import norm
 
-    return norm.norm_forward(x, weight, bias, n, groups, eps, rms, need_stats)
+    return norm.norm_forward(*args, **kwargs)
 
 
 @_operator(
     "(Tensor dy, Tensor x, Tensor stats, Tensor? weight, int n, int groups, bool rms, ScalarType param_dtype,"
     " bool need_dx, bool need_dw, bool need_db) -> (Tensor dx, Tensor dw, Tensor db)"
 )
-def norm_backward(
-    dy: Tensor,
-    x: Tensor,
-    stats: Tensor,
-    weight: Tensor | None,
-    n: int,
-    groups: int,
-    rms: bool,
-    param_dtype: torch.dtype,
-    need_dx: bool,
-    need_dw: bool,
-    need_db: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def norm_backward(*args, **kwargs):
+    """The contract's function, by :mod:`.norm`."""
     from . import norm
 
-    return norm.norm_backward(dy, x, stats, weight, n, groups, rms, param_dtype, need_dx, need_dw, need_db)
+    return norm.norm_backward(*args, **kwargs)
 
 
 @_operator(
@@ -109,24 +97,8 @@ def norm_backward(
     " bool rms, ScalarType param_dtype, bool need_ddy, bool need_dx, bool need_dw)"
     " -> (Tensor grad_dy, Tensor grad_x, Tensor grad_w)"
 )
-def norm_double_backward(
-    ddx: Tensor | None,
-    ddw: Tensor | None,
-    ddb: Tensor | None,
-    dy: Tensor | None,
-    x: Tensor,
-    stats: Tensor,
-    weight: Tensor | None,
-    n: int,
-    groups: int,
-    rms: bool,
-    param_dtype: torch.dtype,
-    need_ddy: bool,
-    need_dx: bool,
-    need_dw: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def norm_double_backward(*args, **kwargs):
+    """The contract's function, by :mod:`.double_backward`."""
     from . import double_backward
 
-    return double_backward.norm_double_backward(
-        ddx, ddw, ddb, dy, x, stats, weight, n, groups, rms, param_dtype, need_ddy, need_dx, need_dw
-    )
+    return double_backward.norm_double_backward(*args, **kwargs)
