@@ -1,4 +1,4 @@
-"""The oracle: LayerNorm and RMSNorm by explicit formulas in eager PyTorch, on any device.
+"""The oracle: LayerNorm, RMSNorm and the ticks loss by explicit formulas in eager PyTorch, on any device.
 
 It follows the backend contract in :mod:`fused_norm.backends`, so that every test can put it in a kernel's place.
 Arithmetic is fp32, or fp64 for fp64 input; the tests' truth is this module on inputs converted to fp64. The formulas
@@ -146,52 +146,129 @@ def norm_double_backward(
     return grad_dy, grad_x, grad_w
 
 
-def ticks_forward(
-    z: Tensor, target: Tensor, ignore_index: int, ce: float, ticks: float
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Per-row loss ``ce*(-log p) + ticks*(p - log p)`` of logits (M, V) with targets (M,).
+def _capped(z: Tensor, softcap: float) -> Tensor:
+    zf = _acc(z)
+    return softcap * torch.tanh(zf / softcap) if softcap else zf
 
-    Returns the loss (M,) and what backward needs, each (M,): the row's largest logit, ``total = sum exp(z - largest)``
-    and ``q = 1 - p``. The two are not merged into an lse, whose rounding would grow with the logits' offset. The target
-    is kept out of the sum that gives q, which so keeps its accuracy as p nears 1. Rows whose target is ``ignore_index``
-    count for nothing, whatever they hold.
-    """
-    keep = target != ignore_index
-    zf = torch.where(keep.unsqueeze(1), _acc(z), 0)
-    t = torch.where(keep, target, 0).unsqueeze(1)
-    largest = zf.detach().amax(1)  # everything below is the same whatever is subtracted
-    shifted = zf - largest.unsqueeze(1)
-    z_t = shifted.gather(1, t).squeeze(1)
-    others = shifted.scatter(1, t, float("-inf")).exp().sum(1)
-    total = others + z_t.exp()
-    q = others / total
-    # Each form of -log p where it is exact: near p = 1 by q, elsewhere by the logits. (log1p is kept off q = 1.)
-    nll = torch.where(q < 0.5, -torch.log1p(-torch.where(q < 0.5, q, 0)), total.log() - z_t)
-    terms = []
-    if ce:
-        terms.append(ce * nll)
-    if ticks:
-        # p - log p = 1 + (nll - q), whose derivative in q would cancel near q = 0: there by its series.
-        series = q * q * (1 / 2 + q * (1 / 3 + q * (1 / 4 + q * (1 / 5 + q / 6))))
-        small = 1e-3 if q.dtype == torch.float64 else 1 / 32
-        terms.append(ticks * (1 + torch.where(q < small, series, nll - q)))
-    loss = torch.where(keep, sum(terms, torch.zeros_like(q)), 0)
-    return loss, (largest, total, q)
+
+def _masses(target: Tensor, weight: Tensor | None, smoothing: float, like: Tensor) -> Tensor:
+    """a, (M, V): target mass times class weight."""
+    if target.is_floating_point():
+        a = target.to(like.dtype)
+    else:
+        a = torch.zeros_like(like).scatter(1, target.unsqueeze(1), 1.0)
+    if smoothing:
+        a = a * (1 - smoothing) + smoothing / like.shape[1]
+    return a if weight is None else a * weight.to(like.dtype)
+
+
+def _is_plain(target: Tensor, smoothing: float) -> bool:
+    """One class index a row: what belongs to the target alone needs no (M, V) array of its own."""
+    return not smoothing and not target.is_floating_point()
+
+
+def _row_weight(target: Tensor, weight: Tensor | None, like: Tensor) -> Tensor | float:
+    return 1.0 if weight is None else weight.to(like.dtype)[target].unsqueeze(1)
+
+
+def _prediction(gap: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(p, q = 1 - p, nll = -log p) of logits that lie ``gap`` below their row's largest."""
+    total = 1 + others
+    p = torch.exp(-gap) / total
+    # total - exp(-gap) is others at the largest. Its derivative is not, hence the expm1, whose value there is 0.
+    largest = gap == 0
+    q = torch.where(largest, (others - torch.expm1(-torch.where(largest, gap, 0))) / total, 1 - p)
+    return p, q, torch.log1p(others) + gap
+
+
+def _ticks_of(p: Tensor, q: Tensor, nll: Tensor) -> Tensor:
+    """p - log p = 1 + (nll - q), whose derivative in q would cancel near q = 0: there by its series."""
+    series = q * q * (1 / 2 + q * (1 / 3 + q * (1 / 4 + q * (1 / 5 + q / 6))))
+    small = 1e-3 if q.dtype == torch.float64 else 1 / 32
+    return torch.where(q < small, 1 + series, p + nll)
+
+
+def ticks_forward(
+    z: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    smoothing: float,
+    ce: float,
+    ticks: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    soft = target.is_floating_point()
+    zf = _acc(z)
+    if not soft:
+        keep = (target != ignore_index).unsqueeze(1)
+        zf, target = torch.where(keep, zf, 0), torch.where(keep.squeeze(1), target, 0)
+    zf = _capped(zf, softcap)
+    largest, where = zf.detach().max(1, keepdim=True)  # everything below is the same whatever is subtracted
+    gap = largest - zf
+    # The largest is left out, but not its derivative: its exp(0) - 1 is 0, and its derivative 1.
+    exps = torch.exp(-gap).scatter(1, where, torch.expm1(-gap.gather(1, where)))
+    others = exps.sum(1, keepdim=True) + (largest - largest)
+    if _is_plain(target, smoothing):
+        p, q, nll = _prediction(gap.gather(1, target.unsqueeze(1)), others)
+        loss = _row_weight(target, weight, zf) * (ce * nll + ticks * _ticks_of(p, q, nll))
+        rows = [largest, others, q]
+    else:
+        a = _masses(target, weight, smoothing, zf)
+        p, q, nll = _prediction(gap, others)
+        terms = ce * nll + ticks * _ticks_of(p, q, nll)
+        loss = (a * torch.where((a == 0) & terms.isinf(), 0, terms)).sum(1, keepdim=True)
+        rows = [largest, others, a.sum(1, keepdim=True), (a * q).sum(1, keepdim=True)]
+    if not soft:
+        loss, *rows = (torch.where(keep, r, 0) for r in (loss, *rows))
+    return loss.squeeze(1), torch.cat(rows, 1).t().contiguous()
 
 
 def ticks_backward(
     grad: Tensor,
+    grad_lse: Tensor | None,
     z: Tensor,
     target: Tensor,
-    stats: tuple[Tensor, Tensor, Tensor],
+    stats: Tensor,
+    weight: Tensor | None,
     ignore_index: int,
+    smoothing: float,
     ce: float,
     ticks: float,
-) -> Tensor:
-    """dL/dz for the upstream gradient ``grad`` (M,) of the loss: ``(ce + ticks*q) * (p_k, or -q at the target)``."""
-    largest, total, q = (s.unsqueeze(1) for s in stats)
-    keep = (target != ignore_index).unsqueeze(1)
-    t = torch.where(keep, target.unsqueeze(1), 0)
-    p = torch.exp(torch.where(keep, _acc(z), 0) - largest) / total
-    dz = p.scatter(1, t, -q) * (_acc(grad).unsqueeze(1) * (ce + ticks * q))
-    return torch.where(keep, dz, 0).to(z.dtype)
+    softcap: float,
+    need_dz: bool,
+    need_dtarget: bool,
+    inplace: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    soft = target.is_floating_point()
+    zf, g = _acc(z), grad.unsqueeze(1)
+    if not soft:
+        keep = (target != ignore_index).unsqueeze(1)
+        zf, target = torch.where(keep, zf, 0), torch.where(keep.squeeze(1), target, 0)
+    zf = _capped(zf, softcap)
+    largest, others = stats[0].unsqueeze(1), stats[1].unsqueeze(1)
+    gap = largest - zf
+    dz = dtarget = None
+    if _is_plain(target, smoothing):
+        p, q_t = torch.exp(-gap) / (1 + others), stats[2].unsqueeze(1)
+        alpha = g * _row_weight(target, weight, zf) * (ce + ticks * q_t)
+        dz = (alpha * p).scatter(1, target.unsqueeze(1), -alpha * q_t)
+    else:
+        p, q, nll = _prediction(gap, others)
+        if need_dz:
+            a, a_sum, b_sum = _masses(target, weight, smoothing, zf), stats[2].unsqueeze(1), stats[3].unsqueeze(1)
+            dz = g * (p * (ce * (a_sum - a) + ticks * (b_sum - a * q)) - a * q * (ce + ticks * q))
+        if need_dtarget:
+            dtarget = g * (1 - smoothing) * (ce * nll + ticks * _ticks_of(p, q, nll))
+            dtarget = (dtarget if weight is None else dtarget * weight.to(zf.dtype)).to(target.dtype)
+    if need_dz:
+        if grad_lse is not None:
+            dz = dz + grad_lse.unsqueeze(1) * p
+        if softcap:
+            dz = dz * (1 - (zf / softcap).square())
+        if not soft:
+            dz = torch.where(keep, dz, 0)
+        dz = dz.to(z.dtype)
+        if inplace:
+            dz = z.copy_(dz)
+    return dz, dtarget

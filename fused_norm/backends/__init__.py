@@ -1,6 +1,11 @@
-"""The kernels' side of the house: one module per backend, all with the same three functions.
+"""The kernels' side of the house: one module per backend, all with the same functions, for norms and for ticks.
 
-``autograd`` calls a backend through this contract and nothing else::
+``autograd`` calls a backend through this contract and nothing else.
+
+Norms
+=====
+
+::
 
     norm_forward(x, weight, bias, n, groups, eps, rms, need_stats) -> (y, stats)
     norm_backward(dy, x, stats, weight, n, groups, rms, param_dtype, need_dx, need_dw, need_db)
@@ -46,4 +51,48 @@ Mathematics, per row (docs/math.md has the derivations)
 Order
     The order of every reduction depends on n alone (for dw and db on M, groups and n), never on the number of threads
     or multiprocessors, nor on the alignment or strides of the data. No atomics.
+
+Ticks
+=====
+
+::
+
+    ticks_forward(z, target, weight, ignore_index, smoothing, ce, ticks, softcap) -> (loss, stats)
+    ticks_backward(grad, grad_lse, z, target, stats, weight, ignore_index, smoothing, ce, ticks, softcap,
+                   need_dz, need_dtarget, inplace) -> (dz, dtarget)
+
+Arguments
+    ``z`` is the logits, (M, V), contiguous or 2-D with unit stride in its last dimension and any row stride; fp64, fp32,
+    bf16 or fp16. M and V are at least 1. ``target`` is int64 (M,), contiguous (class indices, "hard"), or floating
+    (M, V) with rows as z's (class probabilities, "soft"), in z's dtype or in fp32 beside bf16 and fp16 z. ``weight`` is
+    None or (V,), contiguous, in z's dtype or in fp32 beside bf16 and fp16. ``smoothing`` is in [0, 1], ``ce`` and
+    ``ticks`` are the c and l of SPEC's formula, ``softcap`` is s > 0, or 0.0 for none; all four Python floats.
+    ``ignore_index`` is for hard targets. Arithmetic is fp32, or fp64 for fp64 z; acc is that dtype below.
+    ``grad`` is the gradient of loss, (M,) in acc, ``grad_lse`` None or that of each row's lse, likewise; either of any
+    stride, 0 (expanded) included.
+Results
+    ``loss`` is (M,) in acc. ``stats`` is acc, contiguous: (3, M) holding largest, others, q_t for hard targets without
+    smoothing; (4, M) holding largest, others, A, B for all else. A row whose target is ``ignore_index`` has loss 0 and
+    stats 0, is not read, and has gradients that are exactly 0, whatever it holds. A target out of range gives that row
+    a NaN loss, and nothing is read or written out of bounds (the native CPU backend raises IndexError instead).
+    ``dz`` has z's dtype and shape, fresh and contiguous; or with ``inplace`` it is z itself, written over. ``dtarget``
+    (soft targets alone) has target's dtype and shape, fresh and contiguous. A gradient that is not needed may come back
+    as anything and is ignored.
+Mathematics, per row (docs/math.md has the derivations)
+    z'_j = s*tanh(z_j/s) with a softcap, else z_j; everything else is of z'.
+    largest = max_j z'_j; others = sum of exp(z'_j - largest) over all j but one that is largest, plus
+    (largest - largest), which makes a row that holds an infinity NaN, as torch's is, and adds 0 to any other;
+    total = 1 + others; p_j = exp(z'_j - largest)/total; nll_j = log1p(others) + (largest - z'_j);
+    q_j = 1 - p_j, and others/total where z'_j == largest: so q, nll and lse = largest + log1p(others) keep their
+    relative accuracy however near a p is to 1, and no difference of large numbers is rounded.
+    a_j = w_j*((1 - smoothing)*[j == t] + smoothing/V) for hard targets, w_j*((1 - smoothing)*target_j + smoothing/V)
+    for soft ones. A term whose a_j is 0 counts for nothing, also where z_j is -inf.
+    A = sum_j a_j; B = sum_j a_j*q_j.
+    loss = sum_j a_j*(ce*nll_j + ticks*(p_j + nll_j)).
+    dz'_k = grad*(p_k*(ce*(A - a_k) + ticks*(B - a_k*q_k)) - a_k*q_k*(ce + ticks*q_k)) + grad_lse*p_k;
+    without smoothing and soft targets that is alpha*p_k, and -alpha*q_t at the target, with
+    alpha = grad*w_t*(ce + ticks*q_t). dz_k = dz'_k*(1 - tanh(z_k/s)^2).
+    dtarget_j = grad*(1 - smoothing)*w_j*(ce*nll_j + ticks*(p_j + nll_j)).
+Order
+    As for norms: the order of a row's sums depends on V alone.
 """
