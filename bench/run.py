@@ -1,4 +1,4 @@
-"""Benchmark the norms: ``python bench/run.py --help``. The harness is ``fused_norm.bench``."""
+"""Benchmark the norms, or the losses: ``python bench/run.py --help``. The harness is ``fused_norm.bench``."""
 
 from __future__ import annotations
 

@@ -14,13 +14,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fused_norm.bench import cases, gate, main, providers, run, timing
-from fused_norm.bench.cases import OPS, PASSES, bytes_moved, make_inputs
-from fused_norm.bench.providers import PROVIDERS, Provider
+from fused_norm.bench import gate, losses, main, memory, norms, operation, providers, run, timing
+from fused_norm.bench.cases import GROUPS, OPS
+from fused_norm.bench.operation import PASSES, Provider
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 TINY = ["--shapes", "6x8", "--seconds", "2", "--device", "cpu"]
+NORMS, LOSSES = (OPS["layer_norm"], OPS["rms_norm"]), (OPS["ticks_cross_entropy"], OPS["linear_ticks_cross_entropy"])
+#: A small case of each loss.
+SHAPE = {"ticks_cross_entropy": (12, 33), "linear_ticks_cross_entropy": (12, 33, 7)}
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -45,10 +48,11 @@ def one_thread():
 
 @pytest.fixture
 def plant(monkeypatch):
-    """Puts a provider of the given call into the registry."""
+    """Gives an operation, or each of both norms, a provider of the given call."""
 
-    def put(name, call, **kwargs):
-        monkeypatch.setitem(PROVIDERS, name, Provider(name, lambda op: call, **kwargs))
+    def put(name, call, ops=NORMS, **kwargs):
+        for op in ops:
+            monkeypatch.setitem(op.providers, name, Provider(name, lambda: call, **kwargs))
 
     return put
 
@@ -58,26 +62,40 @@ def plant(monkeypatch):
 
 def test_bytes_by_hand():
     # 3 rows of 5 in bf16: a tensor has 30 bytes, a parameter 10, a statistic of all rows 12 (fp32).
-    layer, rms = OPS["layer_norm"], OPS["rms_norm"]
-    assert bytes_moved(layer, "forward", 3, 5, torch.bfloat16) == 2 * 30 + 2 * 10 + 2 * 12
-    assert bytes_moved(layer, "forward-nograd", 3, 5, torch.bfloat16) == 2 * 30 + 2 * 10
-    assert bytes_moved(layer, "backward", 3, 5, torch.bfloat16) == 3 * 30 + 3 * 10 + 2 * 12
-    assert bytes_moved(rms, "forward", 3, 5, torch.float64) == 2 * 120 + 40 + 24
-    assert bytes_moved(rms, "backward", 3, 5, torch.float32) == 3 * 60 + 2 * 20 + 12
+    layer, rms = (op.bytes_moved for op in NORMS)
+    assert layer("forward", (3, 5), torch.bfloat16) == 2 * 30 + 2 * 10 + 2 * 12
+    assert layer("forward-nograd", (3, 5), torch.bfloat16) == 2 * 30 + 2 * 10
+    assert layer("backward", (3, 5), torch.bfloat16) == 3 * 30 + 3 * 10 + 2 * 12
+    assert rms("forward", (3, 5), torch.float64) == 2 * 120 + 40 + 24
+    assert rms("backward", (3, 5), torch.float32) == 3 * 60 + 2 * 20 + 12
 
 
-@pytest.mark.parametrize("op", OPS.values(), ids=str)
-def test_bytes_are_two_and_three_units_for_large_tensors(op):
+def test_bytes_of_the_ticks_loss_by_hand():
+    # 3 rows of 5 classes in bf16: logits have 30 bytes, targets 24 (int64), losses 12 and three statistics 36 (fp32).
+    ticks, linear = (op.bytes_moved for op in LOSSES)
+    assert ticks("forward", (3, 5), torch.bfloat16) == 30 + 24 + 12 + 36
+    assert ticks("forward-nograd", (3, 5), torch.bfloat16) == 30 + 24 + 12
+    assert ticks("backward", (3, 5), torch.bfloat16) == 2 * 30 + 24 + 36 + 4
+    assert ticks("forward", (3, 5), torch.float64) == 120 + 24 + 24 + 72
+    assert linear("forward+backward", (3, 5, 2), torch.float32) is None
+
+
+@pytest.mark.parametrize(
+    ("op", "units"),
+    [*((op, (2, 2, 3, 5)) for op in NORMS), (LOSSES[0], (1, 1, 2, 3))],
+    ids=lambda v: getattr(v, "name", ""),
+)
+def test_bytes_are_whole_units_for_large_tensors(op, units):
     unit = 4096 * 16384 * 4
-    for name, units in (("forward", 2), ("forward-nograd", 2), ("backward", 3), ("forward+backward", 5)):
-        assert bytes_moved(op, name, 4096, 16384, torch.float32) / unit == pytest.approx(units, rel=1e-3)
+    for name, count in zip(("forward", "forward-nograd", "backward", "forward+backward"), units, strict=True):
+        assert op.bytes_moved(name, (4096, 16384), torch.float32) / unit == pytest.approx(count, rel=1e-3)
 
 
 def test_a_row_reports_these_bytes_over_its_median(tmp_path):
     _, rows, _ = bench(tmp_path, "--op", "layer_norm", "--provider", "torch", "--dtype", "bf16")
     assert [r["pass"] for r in rows] == list(PASSES)
     for r in rows:
-        moved = bytes_moved(OPS["layer_norm"], r["pass"], 6, 8, torch.bfloat16)
+        moved = OPS["layer_norm"].bytes_moved(r["pass"], (6, 8), torch.bfloat16)
         assert float(r["gb_s"]) == pytest.approx(moved / float(r["ms"]) / 1e6, rel=1e-4)
         assert float(r["vs_copy"]) == pytest.approx(float(r["gb_s"]) / float(r["copy_gb_s"]), rel=1e-4)
         assert float(r["p20_ms"]) <= float(r["ms"]) <= float(r["p80_ms"])
@@ -103,6 +121,10 @@ class FakeClock:
     def host_s(self, call):
         call()
         return 1e-3
+
+    def peak(self, call, held):
+        call()
+        return memory.Peak(0, 0)
 
     def sample(self, call, host_s, into):
         self.log.append(call())
@@ -148,7 +170,7 @@ def test_quantiles():
 
 
 def test_what_each_pass_times():
-    inputs = make_inputs(OPS["layer_norm"], 4, 8, torch.float32, CPU)
+    inputs = OPS["layer_norm"].make_inputs((4, 8), torch.float32, CPU)
     calls = []
 
     def call(x, w, b):
@@ -167,15 +189,84 @@ def test_what_each_pass_times():
     assert results["forward+backward"][1] == [True] and len(results["forward+backward"][0]) == 3
 
 
+@pytest.mark.parametrize("op", LOSSES, ids=lambda op: op.name)
+def test_a_loss_is_timed_with_the_upstream_gradient_of_loss_backward_and_judged_with_another(op):
+    inputs = op.make_inputs(SHAPE[op.name], torch.float64, CPU)
+    timed = run.prepare("forward+backward", op.baseline, inputs)()
+    for leaf, grad in zip(inputs.leaf_tensors, timed, strict=True):
+        (expected,) = torch.autograd.grad(op.baseline(*inputs.args), leaf)
+        assert torch.equal(grad, expected) and inputs.upstream.item() == pytest.approx(0.7)
+    found, _ = gate.answer(op.providers["torch"], op.baseline, inputs)
+    torch.testing.assert_close(found["dx"], timed[0] * inputs.upstream)
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+KB = 1000  # elements of 4 bytes, so that sizes below are multiples of 4000 bytes
+
+
+def test_the_peak_of_a_call_whose_memory_is_known():
+    def call():
+        a = torch.empty(5 * KB)
+        b = torch.empty(3 * KB)
+        del a
+        c = torch.empty(4 * KB)  # 7 live, after a peak of 8
+        del b, c
+        return torch.empty(2 * KB)
+
+    assert memory.cpu_peak(call, ()) == memory.Peak(8 * 4 * KB, 6 * 4 * KB)
+
+
+def test_memory_inside_operators_counts_and_what_is_older_does_not():
+    z, target = torch.randn(40, 25 * KB), torch.zeros(40, dtype=torch.int64)
+    with torch.no_grad():
+        peak = memory.cpu_peak(lambda: F.cross_entropy(z, target), (z,))
+        assert peak.peak == pytest.approx(z.nbytes, rel=1e-3)  # log_softmax's result, which no Python code sees
+        transposed = torch.randn(25 * KB, 40).t()
+        peak = memory.cpu_peak(lambda: F.layer_norm(transposed, (25 * KB,)), (transposed,))
+        assert peak.peak == pytest.approx(2 * z.nbytes, rel=1e-3)  # a contiguous copy, and the result
+        assert peak.extra == pytest.approx(z.nbytes, rel=1e-3)
+        old = [torch.empty(9 * KB)]
+        assert memory.cpu_peak(lambda: (old.clear(), torch.empty(KB))[1], ()) == memory.Peak(4 * KB, 0)
+
+
+def test_what_is_returned_counts_once_and_only_if_it_is_new():
+    a = torch.empty(KB)
+    assert memory.returned_bytes((a, [a[:3], a.view(10, 100)], None), ()) == 4 * KB
+    assert memory.returned_bytes((a[5:], torch.empty(KB)), (a,)) == 4 * KB
+    assert memory.cpu_peak(lambda: a.zero_(), (a,)) == memory.Peak(0, 0)
+
+
+def test_memory_of_the_eager_formula(tmp_path):
+    """log_softmax's result, and in its backward the gradient that reaches it and the one that leaves it: three times
+    the logits, one of which is returned."""
+    status, rows, _ = bench(
+        tmp_path, "--op", "ticks_cross_entropy", "--shapes", "30x4000", "--provider", "torch", "--dtype", "fp32"
+    )
+    assert status == 0
+    (r,) = (r for r in rows if r["pass"] == "forward+backward")
+    logits = 30 * 4000 * 4
+    assert int(r["peak_bytes"]) == pytest.approx(3 * logits, rel=0.01)
+    assert int(r["peak_bytes"]) - int(r["extra_bytes"]) == logits
+    assert float(r["peak_vs_torch"]) == float(r["extra_vs_torch"]) == 1
+    (r,) = (r for r in rows if r["pass"] == "forward-nograd")
+    assert int(r["peak_bytes"]) == pytest.approx(logits, rel=0.01)
+    assert "ticks_cross_entropy forward+backward fp32: memory" in (tmp_path / "result.txt").read_text()
+
+
 # --------------------------------------------------------------------------------------------------------------- gate
 
 
 def judge(call, op="layer_norm", dtype=torch.float32, m=40, n=24):
-    inputs = make_inputs(OPS[op], m, n, dtype, CPU)
-    verdicts, calls = gate.judge(OPS[op], inputs, [PROVIDERS["torch"], Provider("planted", lambda op: call)])
+    return judge_among(OPS[op], OPS[op].make_inputs((m, n), dtype, CPU), Provider("planted", lambda: call))
+
+
+def judge_among(op, inputs, planted):
+    verdicts, calls = gate.judge(op, inputs, [op.providers["torch"], planted])
     assert verdicts["torch"].status == "ok"
-    assert ("planted" in calls) == (verdicts["planted"].status == "ok")
-    return verdicts["planted"]
+    verdict = verdicts[planted.name]
+    assert (planted.name in calls) == (verdict.status == "ok")
+    return verdict
 
 
 class Bent(torch.autograd.Function):
@@ -218,7 +309,7 @@ def test_the_gate_lets_a_right_one_pass():
 
 
 def test_the_gate_sees_a_block_of_rows_in_the_middle(monkeypatch):
-    monkeypatch.setattr(gate, "BLOCK_ELEMENTS", 7 * 24)  # blocks of 7 rows, the last one shorter
+    monkeypatch.setitem(operation.BLOCK_ELEMENTS, "cpu", 7 * 24)  # blocks of 7 rows, the last one shorter
 
     def call(x, w, b):
         y = F.layer_norm(x, x.shape[-1:], w, b)
@@ -243,6 +334,102 @@ def test_the_gate_refuses_a_wrong_shape_and_nan(call):
 def test_the_gate_refuses_to_have_inputs_overwritten():
     verdict = judge(lambda x, w, b: Bent.apply(x, w, b, "dy"))
     assert (verdict.status, verdict.reason) == ("wrong", "wrote over its input dy")
+
+
+@pytest.mark.parametrize("op", LOSSES, ids=lambda op: op.name)
+@pytest.mark.parametrize("rows", [5, 1000])
+def test_the_truth_of_a_loss_is_the_formulas(monkeypatch, op, rows):
+    shape = SHAPE[op.name]
+    monkeypatch.setitem(operation.BLOCK_ELEMENTS, "cpu", rows * shape[1])  # blocks of 5, 5 and 2 rows, or one
+    inputs = op.make_inputs(shape, torch.float32, CPU)
+    exact = {k: t.detach().double().requires_grad_() if k in inputs.leaves else t for k, t in inputs.tensors.items()}
+    lp = F.log_softmax(F.linear(*list(exact.values())[:2]) if "w" in exact else exact["x"], -1)
+    lp = lp[torch.arange(shape[0]), exact["target"]]
+    assert lp.exp().min() < 0.1 and lp.exp().max() > 0.6  # what is to be told apart differs near p = 1 alone
+    for function, weight in (("", losses.TICKS_WEIGHT), (losses.CE, 0.0)):
+        y = (-lp + weight * (lp.exp() - lp)).mean()
+        grads = torch.autograd.grad(y, [exact[k] for k in inputs.leaves], inputs.upstream.double(), retain_graph=True)
+        truth = op.truths[function](inputs)
+        assert list(truth) == ["y", *(f"d{k}" for k in inputs.leaves)]
+        for found, expected in zip(truth.values(), (y.detach(), *grads), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-15)
+
+
+class Scaled(torch.autograd.Function):
+    """The identity, whose gradient is off by a thousandth."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy * 1.001
+
+
+@pytest.mark.parametrize("op", LOSSES, ids=lambda op: op.name)
+def test_the_gate_names_the_gradient_of_a_loss_that_is_wrong(op):
+    inputs = op.make_inputs(SHAPE[op.name], torch.float32, CPU)
+    for at, leaf in enumerate(inputs.leaves):
+
+        def call(*args, at=at):
+            return op.baseline(*(Scaled.apply(t) if i == at else t for i, t in enumerate(args)))
+
+        verdict = judge_among(op, inputs, Provider("planted", lambda call=call: call))
+        assert verdict.status == "wrong" and verdict.reason.startswith(f"d{leaf}: ") and ";" not in verdict.reason
+    verdict = judge_among(op, inputs, Provider("planted", lambda: lambda *args: op.baseline(*args) * 1.001))
+    assert [part.split(":")[0] for part in verdict.reason.split("; ")] == [
+        "y",
+        "y without grad",
+        *map("d{}".format, inputs.leaves),
+    ]
+
+
+@pytest.mark.parametrize("op", LOSSES, ids=lambda op: op.name)
+def test_cross_entropy_alone_is_judged_by_its_own_truth(op):
+    inputs = op.make_inputs(SHAPE[op.name], torch.float32, CPU)
+    ce = op.providers["ce:torch"]
+    assert ce.function == losses.CE and judge_among(op, inputs, ce).status == "ok"
+    assert judge_among(op, inputs, Provider("planted", ce.make)).reason.startswith("y: ")
+    ticks = Provider("planted", op.providers["torch"].make, function=losses.CE)
+    assert judge_among(op, inputs, ticks).reason.startswith("y: ")
+    assert all(p.function == losses.CE for name, p in op.providers.items() if name.startswith("ce:"))
+    assert all(p.function == "" for name, p in op.providers.items() if not name.startswith("ce:"))
+
+
+class Inplace(torch.autograd.Function):
+    """Cross entropy and ticks whose forward writes the gradient over the logits, as peers do."""
+
+    @staticmethod
+    def forward(ctx, x, target):
+        with torch.enable_grad():
+            leaf = x.detach().clone().requires_grad_()
+            y = losses.ticks_formula(leaf, target)
+        x.detach().copy_(*torch.autograd.grad(y, leaf))
+        ctx.save_for_backward(x)
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return ctx.saved_tensors[0].mul_(dy), None
+
+
+def test_one_that_is_known_to_write_over_its_input_gets_a_copy(tmp_path, plant):
+    op = OPS["ticks_cross_entropy"]
+    inputs = op.make_inputs(SHAPE[op.name], torch.float32, CPU)
+    before = inputs.x.detach().clone()
+    assert judge_among(op, inputs, Provider("planted", lambda: Inplace.apply)).reason == "wrote over its input x"
+    told = Provider("planted", lambda: Inplace.apply, overwrites=("x",))
+    assert judge_among(op, inputs, told).status == "ok" and torch.equal(inputs.x.detach(), before)
+    plant("inplace", Inplace.apply, (op,), overwrites=("x",))
+    _, rows, _ = bench(
+        tmp_path, "--op", op.name, "--dtype", "fp32", "--shapes", "30x4000", "--provider", "torch,inplace"
+    )
+    assert all(r["status"] == "ok" for r in rows if r["provider"] == "torch")
+    found = {r["pass"]: r for r in rows if r["provider"] == "inplace"}
+    assert found["backward"]["status"] == "skipped" and "writes over its input" in found["backward"]["reason"]
+    fb = found["forward+backward"]  # the gradient is the input's memory: nothing that is returned is new
+    assert fb["status"] == "ok" and fb["peak_bytes"] == fb["extra_bytes"]
 
 
 def test_an_exception_is_a_verdict():
@@ -287,22 +474,36 @@ def test_another_ones_failure_is_told_but_does_not_fail_the_run(tmp_path, plant)
 
 def test_a_skipped_provider_says_why(tmp_path, plant, capsys):
     plant("absent", None, unavailable=lambda device: f"not on {device}")
-    status, rows, env = bench(tmp_path, "--op", "rms_norm", "--dtype", "fp32", "--provider", "absent,torch")
-    assert status == 0 and env["providers"] == {"absent": "not on cpu", "torch": None}
-    assert [r["reason"] for r in rows if r["status"] == "skipped"] == ["not on cpu"]
-    assert "skipped: absent: not on cpu" in capsys.readouterr().out
+    status, rows, env = bench(tmp_path, "--op", "norms", "--dtype", "fp32", "--provider", "absent,torch")
+    assert status == 0
+    assert env["providers"] == {op: {"absent": "not on cpu", "torch": None} for op in ("layer_norm", "rms_norm")}
+    skipped = [(r["op"], r["reason"]) for r in rows if r["status"] == "skipped"]
+    assert skipped == [("layer_norm", "not on cpu"), ("rms_norm", "not on cpu")]
+    printed = capsys.readouterr().out
+    assert printed.count("skipped: absent: not on cpu") == 1 and "absent: skipped (and 1 more): not on cpu" in printed
 
 
 def test_csv_environment_and_table(tmp_path, capsys):
     status, rows, env = bench(tmp_path, "--provider", "torch,fused:reference", "--pass", "forward,backward")
     assert status == 0 and env["finished"] is True
     keys = [(r["op"], r["pass"], r["dtype"], r["provider"]) for r in rows]
-    ops, passes, dtypes, names = OPS, ("forward", "backward"), ("fp32", "bf16"), ("torch", "fused:reference")
+    ops, passes, dtypes, names = (
+        GROUPS["norms"],
+        ("forward", "backward"),
+        ("fp32", "bf16"),
+        ("torch", "fused:reference"),
+    )
     assert keys == [(o, p, d, n) for o in ops for d in dtypes for p in passes for n in names]
     assert {r["status"] for r in rows} == {"ok"} and all(float(r["ms"]) > 0 for r in rows)
     assert env["device"]["type"] == "cpu" and env["device"]["name"] and env["versions"]["torch"] == torch.__version__
     assert env["threads"] == torch.get_num_threads() and "--pass forward,backward" in env["command"]
     assert {"date", "commit", "variables", "load"} <= set(env)
+    assert len(env["rows"]) == len(rows)
+    for row, line in zip(env["rows"], rows, strict=True):
+        assert list(row) == list(line)
+        for key, value in row.items():
+            same = line[key] == "" if value is None else line[key] == f"{value:.6g}" if type(value) is float else None
+            assert same if same is not None else str(value) == line[key]
     table = (tmp_path / "result.txt").read_text()
     assert "layer_norm backward bf16" in table and "geomean" in table and table.strip() in capsys.readouterr().out
 
@@ -334,6 +535,26 @@ def test_what_the_time_did_not_suffice_for_is_told(tmp_path, capsys):
     assert "with 2 cases" in capsys.readouterr().out
 
 
+def test_the_time_is_shared_by_what_cases_of_an_operation_needed(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(run.time, "perf_counter", lambda: clock[0])
+    budget = run.Budget(100.0, [("small", 2), ("large", 1), ("small", 2), ("large", 1)])
+    assert budget.next_group() == pytest.approx(100 / 6)  # nothing is known yet
+    clock[0] = 10.0
+    assert budget.next_group() == pytest.approx(90 / 5)
+    clock[0] = 20.0
+    budget.next_case(overhead=2.0)
+    assert budget.next_group() == pytest.approx((80 - 2 - 2) / 4)  # two cases, for each of which any case's is taken
+    clock[0] = 60.0
+    budget.next_case(overhead=20.0)
+    assert budget.next_group() == pytest.approx((40 - 20) / 3)  # small is under way, large is to come
+    clock[0] = 70.0
+    assert budget.next_group() == pytest.approx((30 - 20) / 2)
+    budget.next_case(None)
+    clock[0] = 120.0
+    assert budget.next_group() == 0 and budget.spent()
+
+
 @pytest.mark.parametrize("name", ["compiler", "fused:slow"])
 def test_one_that_compiles_for_too_long_is_left_out_from_then_on_unless_ours(tmp_path, plant, name):
     seen = set()
@@ -348,7 +569,7 @@ def test_one_that_compiles_for_too_long_is_left_out_from_then_on_unless_ours(tmp
     argv = ("--op", "rms_norm", "--dtype", "fp32", "--provider", f"torch,{name}", "--shapes", "6x8,7x8,8x8")
     _, rows, env = bench(tmp_path, *argv, "--seconds", "2.4")
     rows = [r for r in rows if r["provider"] == name]
-    if PROVIDERS[name].ours:
+    if OPS["rms_norm"].providers[name].ours:
         assert {r["status"] for r in rows} == {"ok"} and {r["m"] for r in rows} >= {"6", "7"}
         return
     assert [(r["m"], r["status"]) for r in rows] == [("6", "ok")] * len(PASSES) + [("7", "skipped")]
@@ -356,19 +577,82 @@ def test_one_that_compiles_for_too_long_is_left_out_from_then_on_unless_ours(tmp
     assert env["finished"] is True
 
 
+def cases_of(*argv: str) -> list[tuple[str, str, tuple[int, ...]]]:
+    return [(op.name, dtype, shape) for op, dtype, shape in run.grid(run.parse([*argv, "--device", "cpu"]))]
+
+
 def test_shapes_from_m_and_n_and_the_tables():
-    args = run.parse(["--m", "2,3", "--n", "8", "--device", "cpu"])
-    assert args.shapes == [(2, 8), (3, 8)]
-    assert run.parse(["--n", "8", "--device", "cpu"]).shapes == [(4096, 8)]
-    assert run.parse(["--device", "cpu"]).shapes == list(cases.SHAPES["cpu"])
-    assert run.parse(["--quick", "--device", "cpu"]).dtype == ["fp32"]
-    assert run.parse(["--quick", "--dtype", "bf16", "--device", "cpu"]).dtype == ["bf16"]
+    def shapes(*argv):
+        return [shape for _, _, shape in cases_of("--op", "rms_norm", "--dtype", "fp32", *argv)]
+
+    assert shapes("--m", "2,3", "--n", "8") == [(2, 8), (3, 8)]
+    assert shapes("--n", "8") == [(4096, 8)]
+    assert shapes() == list(norms.SHAPES["cpu"])
+    assert {dtype for _, dtype, _ in cases_of("--quick")} == {"fp32"}
+    assert {dtype for _, dtype, _ in cases_of("--quick", "--dtype", "bf16")} == {"bf16"}
+
+
+def test_cases_go_shape_by_shape_and_each_operation_takes_those_it_has():
+    assert {name for name, _, _ in cases_of()} == set(GROUPS["norms"])
+    norms_then = cases_of("--op", "norms", "--shapes", "6x8,7x8")
+    assert norms_then == [(op, d, s) for s in ((6, 8), (7, 8)) for op in GROUPS["norms"] for d in ("fp32", "bf16")]
+    ticks, linear = GROUPS["ticks"]
+    assert cases_of("--op", "ticks", "--shapes", "6x8,5x6x7", "--dtype", "bf16") == [
+        (ticks, "bf16", (6, 8)),
+        (linear, "bf16", (5, 6, 7)),
+    ]
+    assert cases_of("--op", linear, "--m", "3", "--h", "4,5", "--n", "6") == [
+        (linear, "fp32", (3, 6, 4)),
+        (linear, "fp32", (3, 6, 5)),
+    ]
+    by_default = cases_of("--op", "ticks")
+    assert by_default[:3] == [
+        (ticks, "fp32", (1024, 30522)),
+        (ticks, "bf16", (1024, 30522)),
+        (linear, "fp32", (512, 32000, 512)),
+    ]
+
+
+def test_both_losses_run(tmp_path, capsys):
+    argv = (
+        "--op",
+        "ticks",
+        "--dtype",
+        "fp32",
+        "--shapes",
+        "12x33,12x33x7",
+        "--provider",
+        "torch,ce:torch,fused:reference",
+    )
+    status, rows, env = bench(tmp_path, *argv, "--seconds", "5")
+    assert status == 0 and env["finished"], rows
+    found = {(r["op"], r["pass"], r["provider"]): r for r in rows}
+    for op in LOSSES:
+        for name in op.passes:
+            for provider in ("torch", "ce:torch", "fused:reference"):
+                r = found.pop((op.name, name, provider))
+                assert r["status"] == "ok" and float(r["ms"]) > 0 and int(r["peak_bytes"]) > 0, r
+                assert float(r["err_y"]) < 1e-5 and float(r["err_dx"]) < 1e-5
+                assert (r["m"], r["n"]) == ("12", "33")
+                linear = op.name == "linear_ticks_cross_entropy"
+                assert (r["h"], bool(r["err_dw"]), bool(r["gb_s"]), bool(r["vs_copy"])) == (
+                    ("7", True, False, False) if linear else ("", False, True, True)
+                )
+    assert not found
+    printed = capsys.readouterr().out
+    assert "ce:* compute cross entropy alone" in " ".join(printed.split())
+    assert "    12x33x7 " in printed
 
 
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
         ("--provider nobody", "'nobody' is none of torch,"),
+        ("--op nothing", "'nothing' is none of norms, ticks, layer_norm,"),
+        ("--op linear_ticks_cross_entropy --shapes 4x5", "none of m x n x h for linear_ticks_cross_entropy"),
+        ("--op linear_ticks_cross_entropy --pass backward", "has none of backward, but forward+backward,"),
+        ("--op norms --provider ce:torch", "layer_norm has none of ce:torch, but torch,"),
+        ("--h 4 --shapes 2x2", "not both"),
         ("--shapes 5", "'5' is not rows x columns"),
         ("--shapes 0x4", "a number below 1"),
         ("--m 2 --shapes 2x2", "not both"),
@@ -388,12 +672,26 @@ def test_progress_goes_to_standard_error(capsys):
     assert "[1/2 0 s] layer_norm" in capsys.readouterr().err
 
 
-def test_every_default_provider_runs_or_says_why_not():
-    for name in providers.DEFAULT_PROVIDERS:
-        reason = PROVIDERS[name].unavailable(CPU)
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_every_default_provider_runs_or_says_why_not(op):
+    for name in providers.default_providers(op, quick=False):
+        reason = op.providers[name].unavailable(CPU)
         assert reason is None or reason.strip()
-    assert "liger" in PROVIDERS["liger"].unavailable(CPU)
-    assert "interpreter, which is not timed" in PROVIDERS["fused:triton"].unavailable(CPU)
+    liger = next(p for name, p in op.providers.items() if name in ("liger", "ce:liger"))
+    assert "liger" in liger.unavailable(CPU)
+    assert "interpreter, which is not timed" in op.providers["fused:triton"].unavailable(CPU)
+
+
+def test_torchs_own_linear_cross_entropy_is_a_provider(tmp_path):
+    op = OPS["linear_ticks_cross_entropy"]
+    inputs = op.make_inputs(SHAPE[op.name], torch.float32, CPU)
+    for name in ("ce:torch-linear", "ce:torch-chunked"):
+        reason = op.providers[name].unavailable(CPU)
+        if reason is not None:
+            assert "2.13 has" in reason and not hasattr(F, "linear_cross_entropy")
+            continue
+        verdict = judge_among(op, inputs, op.providers[name])
+        assert verdict.status == "ok", verdict.reason
 
 
 def test_the_script_runs_uninstalled_and_elsewhere(tmp_path):
@@ -415,8 +713,20 @@ def test_the_script_runs_uninstalled_and_elsewhere(tmp_path):
 @pytest.mark.gpu
 def test_on_a_gpu(tmp_path):
     out = tmp_path / "gpu.csv"
-    argv = ["--device", "cuda", "--shapes", "64x256", "--dtype", "bf16", "--seconds", "20"]
-    assert main([*argv, "--provider", "torch,fused", "--output", str(out)]) == 0
+    argv = ["--device", "cuda", "--op", "norms,ticks", "--shapes", "64x256,64x512x32", "--dtype", "bf16"]
+    assert main([*argv, "--provider", "torch,fused", "--seconds", "20", "--output", str(out)]) == 0
     rows = rows_of(out)
-    assert len(rows) == len(OPS) * len(PASSES) * 2
+    assert len(rows) == sum(len(op.passes) for op in OPS.values()) * 2
     assert all(float(r["ms"]) > 0 and float(r["call_ms"]) > 0 for r in rows)
+
+
+@pytest.mark.gpu
+def test_memory_on_a_gpu():
+    device = torch.device("cuda")
+
+    def call():
+        a, b = torch.empty(5 << 20, device=device), torch.empty(3 << 20, device=device)
+        del a
+        return b
+
+    assert memory.cuda_peak(call, (), device) == memory.Peak(8 << 22, 5 << 22)

@@ -18,7 +18,7 @@ import torch
 ENV_PREFIXES = ("OMP_", "GOMP_", "KMP_", "MKL_NUM", "ATEN_CPU_", "TORCHINDUCTOR_", "TRITON_", "CUDA_", "FUSED_NORM_")
 ENV_NAMES = ("LD_PRELOAD", "MALLOC_ARENA_MAX", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
-PACKAGES = ("fused_norm", "triton", "liger-kernel", "numpy")
+PACKAGES = ("fused_norm", "triton", "liger-kernel", "cut-cross-entropy", "numpy")
 
 
 def _output(*command: str, cwd: Path | None = None) -> str | None:

@@ -7,23 +7,34 @@ import csv
 import json
 import math
 import statistics
+import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, fields
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..progress import Progress
-from . import cases, environment, gate, timing
-from .cases import DTYPES, OPS, PASSES, Inputs, Op
-from .providers import BASELINE, DEFAULT_PROVIDERS, PROVIDERS, NormCall, Provider
+from . import environment, gate, timing
+from .cases import GROUPS, OPS
+from .operation import BASELINE, DIMS, DTYPES, PASSES, Call, Inputs, Op, Provider, Shape
+from .providers import default_providers
 
 #: The name under which x.clone() runs beside the providers: it reads once, writes once and allocates, as a norm does.
 COPY = "copy"
+
+#: The group of operations that runs where none is named.
+DEFAULT_GROUP = "norms"
+
+#: What a dimension is where only others are named.
+DEFAULT_DIM = {"m": 4096, "n": 1024, "h": 1024}
+
+Case = tuple[Op, str, Shape]
 
 INTERRUPTED = 130
 
@@ -35,14 +46,17 @@ UNTIMED_SHARE = 0.4
 @dataclass
 class Row:
     """A line of the CSV. Times are milliseconds; ``vs_torch`` is torch's time over this one (above 1 is faster),
-    ``vs_copy`` this bandwidth over the copy's in the same rounds. A provider that was not timed has a status other than
-    ok and a reason instead of times; ``all`` stands where its verdict covers every pass (or operation, or dtype)."""
+    ``vs_copy`` this bandwidth over the copy's in the same rounds. ``peak_bytes`` is the memory beyond the inputs,
+    ``extra_bytes`` that beyond the inputs and what the call returns (output or gradients); ``peak_vs_torch`` and
+    ``extra_vs_torch`` are this memory over torch's (below 1 is less). A provider that was not timed has a status other
+    than ok and a reason instead of times; ``all`` stands where its verdict covers every pass or every dtype."""
 
     op: str
     pass_name: str
     dtype: str
     m: int | str
     n: int | str
+    h: int | str
     provider: str
     status: str = "ok"
     ms: float | None = None
@@ -55,6 +69,10 @@ class Row:
     vs_torch: float | None = None
     copy_gb_s: float | None = None
     vs_copy: float | None = None
+    peak_bytes: int | None = None
+    extra_bytes: int | None = None
+    peak_vs_torch: float | None = None
+    extra_vs_torch: float | None = None
     err_y: float | None = None
     err_dx: float | None = None
     err_dw: float | None = None
@@ -63,10 +81,24 @@ class Row:
 
     @property
     def shape(self) -> str:
-        return f"{self.m}x{self.n}"
+        return shape_text(d for d in (self.m, self.n, self.h) if d != "")
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"pass" if key == "pass_name" else key: value for key, value in asdict(self).items()}
 
     def values(self) -> list[str]:
         return ["" if v is None else f"{v:.6g}" if isinstance(v, float) else str(v) for v in asdict(self).values()]
+
+
+def shape_text(shape: Iterable[int | str]) -> str:
+    return "x".join(map(str, shape))
+
+
+def row(op: Op, pass_name: str, dtype: str, shape: Shape, provider: str, status: str = "ok", reason: str = "") -> Row:
+    """A row; ``shape`` is empty where it covers every shape."""
+    sizes = dict(zip(op.dims, shape, strict=False))
+    m, n, h = (sizes.get(dim, "") for dim in DIMS)
+    return Row(op.name, pass_name, dtype, m, n, h, provider, status, reason=reason)
 
 
 class Sink:
@@ -88,15 +120,15 @@ class Sink:
         self.file.flush()
 
 
-def prepare(pass_name: str, call: NormCall, inputs: Inputs) -> Callable[[], object]:
+def prepare(pass_name: str, call: Call, inputs: Inputs) -> Callable[[], object]:
     """The function that one sample of this pass calls."""
-    x, w, b, dy, leaves = inputs.x, inputs.w, inputs.b, inputs.dy, inputs.leaves
+    args, leaves, upstream = inputs.args, inputs.leaf_tensors, inputs.timed_upstream
     if pass_name == "backward":
-        y = call(x, w, b)
-        return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)
+        y = call(*args)
+        return lambda: torch.autograd.grad(y, leaves, upstream, retain_graph=True)
     if pass_name == "forward+backward":
-        return lambda: torch.autograd.grad(call(x, w, b), leaves, dy)
-    return lambda: call(x, w, b)
+        return lambda: torch.autograd.grad(call(*args), leaves, upstream)
+    return lambda: call(*args)
 
 
 def context(pass_name: str, provider: Provider | None) -> AbstractContextManager:
@@ -112,44 +144,56 @@ def time_pass(
     op: Op,
     pass_name: str,
     dtype_name: str,
+    shape: Shape,
     inputs: Inputs,
-    calls: dict[str, NormCall],
+    calls: dict[str, Call],
     verdicts: dict[str, gate.Verdict],
     clock: timing.Clock,
     seconds: float,
     untimed: dict[str, float],
 ) -> list[Row]:
-    """One row for each provider, timed together with a copy of x; adds the seconds of its warm-up to ``untimed``."""
-    m, n = inputs.x.shape
-    dtype = inputs.x.dtype
-    contenders = [timing.Contender(COPY, lambda: inputs.x.detach().clone)]
+    """One row for each provider, timed together, and with a copy of x where bytes are counted; adds the seconds of its
+    warm-up to ``untimed``."""
+    moved = op.bytes_moved(pass_name, shape, inputs.x.dtype)
+    contenders = [] if moved is None else [timing.Contender(COPY, lambda: inputs.x.detach().clone)]
     rows = []
     for name, call in calls.items():
-        if verdicts[name].no_backward and "backward" in pass_name:
+        provider, reason = op.providers[name], ""
+        if "backward" in pass_name:
             reason = verdicts[name].no_backward
-            rows.append(Row(op.name, pass_name, dtype_name, m, n, name, "skipped", reason=reason))
+        if pass_name == "backward" and provider.overwrites:
+            reason = "writes over its input, so that one graph has one backward"
+        if reason:
+            rows.append(row(op, pass_name, dtype_name, shape, name, "skipped", reason))
             continue
-        ready, entered = partial(prepare, pass_name, call, inputs), partial(context, pass_name, PROVIDERS[name])
-        contenders.append(timing.Contender(name, ready, entered))
+        own = inputs.without_sharing(provider.overwrites)
+        held = tuple(t for t in (*own.args, own.timed_upstream) if t is not None)
+        ready, entered = partial(prepare, pass_name, call, own), partial(context, pass_name, provider)
+        contenders.append(timing.Contender(name, ready, entered, held))
     samples = timing.time_group(contenders, clock, seconds)
-    copy = samples.pop(COPY)
-    copy_gb_s = cases.copy_bytes(m, n, dtype) / copy.median / 1e6 if copy.ms else None
-    baseline = samples[BASELINE].median if BASELINE in samples and samples[BASELINE].ms else None
-    moved = cases.bytes_moved(op, pass_name, m, n, dtype)
+    copy = samples.pop(COPY, None)
+    copy_gb_s = 2 * inputs.x.nbytes / copy.median / 1e6 if copy is not None and copy.ms else None
+    baseline = samples.get(BASELINE)
+    if baseline is not None and not baseline.ms:
+        baseline = None
     for name, s in samples.items():
-        row = Row(op.name, pass_name, dtype_name, m, n, name)
-        rows.append(row)
+        r = row(op, pass_name, dtype_name, shape, name)
+        rows.append(r)
         untimed[name] += s.warm_up_s
         if s.error is not None:
-            row.status, row.reason = "error", gate.describe(s.error)
+            r.status, r.reason = "error", gate.describe(s.error)
             continue
-        gb_s = moved / s.median / 1e6
-        row.ms, row.p20_ms, row.p80_ms, row.rounds = s.median, s.quantile(0.2), s.quantile(0.8), len(s.ms)
-        row.call_ms = statistics.median(s.call_ms) if s.call_ms else None
-        row.bytes, row.gb_s, row.copy_gb_s = moved, gb_s, copy_gb_s
-        row.vs_torch = baseline / s.median if baseline else None
-        row.vs_copy = gb_s / copy_gb_s if copy_gb_s else None
-        add_errors(row, verdicts[name])
+        r.ms, r.p20_ms, r.p80_ms, r.rounds = s.median, s.quantile(0.2), s.quantile(0.8), len(s.ms)
+        r.call_ms = statistics.median(s.call_ms) if s.call_ms else None
+        r.peak_bytes, r.extra_bytes = s.peak.peak, s.peak.extra
+        if moved is not None:
+            r.bytes, r.gb_s, r.copy_gb_s = moved, moved / s.median / 1e6, copy_gb_s
+            r.vs_copy = r.gb_s / copy_gb_s if copy_gb_s else None
+        if baseline is not None:
+            r.vs_torch = baseline.median / s.median
+            r.peak_vs_torch = s.peak.peak / baseline.peak.peak if baseline.peak.peak else None
+            r.extra_vs_torch = s.peak.extra / baseline.peak.extra if baseline.peak.extra else None
+        add_errors(r, verdicts[name])
     return rows
 
 
@@ -160,69 +204,153 @@ def add_errors(row: Row, verdict: gate.Verdict) -> None:
 
 
 class Budget:
-    """Shares the seconds that are left among the groups that are left, after what gates and warm-ups will need."""
+    """Shares the seconds that are left among the groups of rounds that are left, one for each pass of each case, after
+    what gates and warm-ups will need: what they needed for cases of the same operation, or of any."""
 
-    def __init__(self, seconds: float, groups: int, passes: int) -> None:
+    def __init__(self, seconds: float, cases: list[tuple[str, int]]) -> None:
         self.end = time.perf_counter() + seconds
-        self.groups, self.passes = groups, passes
-        self.overheads: list[float] = []
+        self.cases = cases  # operation and number of passes
+        self.done, self.passes_done = 0, 0
+        self.overheads: dict[str, list[float]] = {}
 
     def spent(self) -> bool:
         return time.perf_counter() >= self.end
 
     def next_group(self) -> float:
-        overhead = statistics.median(self.overheads) if self.overheads else 0.0
-        left = self.end - time.perf_counter() - overhead * (self.groups // self.passes)
-        share = max(0.0, left / max(1, self.groups))
-        self.groups -= 1
-        return share
+        later = self.cases[self.done + 1 :]
+        groups = self.cases[self.done][1] - self.passes_done + sum(passes for _, passes in later)
+        self.passes_done += 1
+        known = [s for overheads in self.overheads.values() for s in overheads]
+        usual = statistics.median(known) if known else 0.0
+        needed = sum(statistics.median(self.overheads[op]) if op in self.overheads else usual for op, _ in later)
+        return max(0.0, (self.end - time.perf_counter() - needed) / groups)
+
+    def next_case(self, overhead: float | None) -> None:
+        """The case is done; ``overhead`` is what it took beyond the shares of its groups, None if it could not run."""
+        if overhead is not None:
+            self.overheads.setdefault(self.cases[self.done][0], []).append(max(0.0, overhead))
+        self.done, self.passes_done = self.done + 1, 0
 
 
-def run(args: argparse.Namespace, sink: Sink, progress: Progress, providers: list[Provider]) -> int:
-    """Fills the sink; returns how many cases the time did not suffice for."""
+def grid(args: argparse.Namespace) -> list[Case]:
+    """The cases. Shape by shape, so that a run cut short has something to say of every operation and dtype."""
+    device_type = torch.device(args.device).type
+    cases: list[tuple[int, Case]] = []
+    for name in args.op:
+        op = OPS[name]
+        if args.shapes is not None:
+            shapes = [shape for shape in args.shapes if len(shape) == len(op.dims)]
+        elif any(getattr(args, dim) for dim in DIMS):
+            shapes = product(*(getattr(args, dim) or [DEFAULT_DIM[dim]] for dim in op.dims))
+        else:
+            shapes = (op.quick_shapes if args.quick else op.shapes)[device_type]
+        dtypes = args.dtype or (["fp32"] if args.quick else op.dtypes[device_type])
+        cases += [(i, (op, dtype, shape)) for i, shape in enumerate(shapes) for dtype in dtypes]
+    return [case for _, case in sorted(cases, key=lambda numbered: numbered[0])]
+
+
+def passes_of(op: Op, args: argparse.Namespace) -> list[str]:
+    return [p for p in op.passes if args.passes is None or p in args.passes]
+
+
+def run(
+    args: argparse.Namespace, cases: list[Case], sink: Sink, progress: Progress, providers: dict[str, list[Provider]]
+) -> int:
+    """Fills the sink, with each operation's providers; returns how many cases the time did not suffice for."""
     device = torch.device(args.device)
     clock = timing.make_clock(device)
-    # Shape by shape, so that a run cut short has something to say of every operation and dtype.
-    grid = [(OPS[op], dtype, m, n) for m, n in args.shapes for op in args.op for dtype in args.dtype]
-    untimed = {p.name: 0.0 for p in providers}
-    budget = Budget(args.seconds, len(grid) * len(args.passes), len(args.passes))
-    for done, (op, dtype, m, n) in enumerate(grid):
+    untimed = {p.name: 0.0 for everyone in providers.values() for p in everyone}
+    left_out: set[str] = set()
+    budget = Budget(args.seconds, [(op.name, len(passes_of(op, args))) for op, _, _ in cases])
+    for done, (op, dtype, shape) in enumerate(cases):
         if budget.spent():
-            return len(grid) - done
+            return len(cases) - done
         begin, shared = time.perf_counter(), 0.0
-        for p in [p for p in providers if untimed[p.name] > UNTIMED_SHARE * args.seconds]:
-            if p.ours or p.name == BASELINE:
-                continue
-            reason = f"from here on: its first calls took {untimed[p.name]:.0f} of {args.seconds:.0f} s"
-            sink.add(Row(op.name, "all", dtype, m, n, p.name, "skipped", reason=reason))
-            providers = [q for q in providers if q is not p]
+        where = f"{op.name} {dtype} {shape_text(shape)}"
+        for p in providers[op.name]:
+            if untimed[p.name] > UNTIMED_SHARE * args.seconds and p.name not in left_out:
+                if p.ours or p.name == BASELINE:
+                    continue
+                left_out.add(p.name)
+                reason = f"from here on: its first calls took {untimed[p.name]:.0f} of {args.seconds:.0f} s"
+                sink.add(row(op, "all", dtype, shape, p.name, "skipped", reason))
         try:
-            inputs = cases.make_inputs(op, m, n, DTYPES[dtype], device)
-            verdicts, calls = gate.judge(op, inputs, providers)
+            inputs = op.make_inputs(shape, DTYPES[dtype], device)
+            verdicts, calls = gate.judge(op, inputs, [p for p in providers[op.name] if p.name not in left_out])
         except RuntimeError as e:  # no memory for the inputs or the truth
-            sink.add(Row(op.name, "all", dtype, m, n, "all", "error", reason=gate.describe(e)))
-            for _ in args.passes:
-                budget.next_group()
-                progress.step(f"{op.name} {dtype} {m}x{n}")
+            sink.add(row(op, "all", dtype, shape, "all", "error", gate.describe(e)))
+            for _ in passes_of(op, args):
+                progress.step(where)
+            budget.next_case(None)
             continue
         for name, verdict in verdicts.items():
             untimed[name] += verdict.seconds
             if verdict.status != "ok":
-                row = Row(op.name, "all", dtype, m, n, name, verdict.status, reason=verdict.reason)
-                add_errors(row, verdict)
-                sink.add(row)
-        for pass_name in args.passes:
+                r = row(op, "all", dtype, shape, name, verdict.status, verdict.reason)
+                add_errors(r, verdict)
+                sink.add(r)
+        for pass_name in passes_of(op, args):
             share = budget.next_group()
             shared += share
-            for row in time_pass(op, pass_name, dtype, inputs, calls, verdicts, clock, share, untimed):
-                sink.add(row)
-            progress.step(f"{op.name} {dtype} {m}x{n} {pass_name}")
-        budget.overheads.append(max(0.0, time.perf_counter() - begin - shared))
+            for r in time_pass(op, pass_name, dtype, shape, inputs, calls, verdicts, clock, share, untimed):
+                sink.add(r)
+            progress.step(f"{where} {pass_name}")
+        del inputs, calls
+        budget.next_case(time.perf_counter() - begin - shared)
     return 0
 
 
+def _geomean(values: Iterable[float | None]) -> float | None:
+    logs = [math.log(v) for v in values if v]
+    return math.exp(statistics.fmean(logs)) if logs else None
+
+
+def _block(
+    title: str, head: str, block: list[Row], cells: Callable[[Row], str], last: Callable[[list[Row]], str], width: int
+) -> Iterator[str]:
+    """A line a shape, a column a provider; ``head`` names what stands before the columns, ``last`` ends each."""
+    names = list(dict.fromkeys(r.provider for r in block))
+    shapes = list(dict.fromkeys(r.shape for r in block))
+    cell = {(r.shape, r.provider): r for r in block}
+    start = max(12, *map(len, shapes))
+    yield from ("", title, f"{'':>{start}} {head:>10}" + "".join(f"  {name:>{width}}" for name in names))
+    for shape in shapes:
+        copy = next((r.copy_gb_s for r in block if r.shape == shape and r.copy_gb_s), None)
+        first = f"{copy:.1f}" if copy is not None and head else ""
+        line = f"{shape:>{start}} {first:>10}"
+        for name in names:
+            line += f"  {cells(cell[shape, name]) if (shape, name) in cell else '-':>{width}}"
+        yield line
+    ends = "".join(f"  {last([r for r in block if r.provider == name]):>{width}}" for name in names)
+    yield f"{'geomean':>{start}} {'':>10}{ends}"
+
+
+def _time_cell(r: Row) -> str:
+    ratio = f"{r.vs_torch:.2f}x" if r.vs_torch else "-"
+    share = f"{r.vs_copy:.0%}" if r.vs_copy else "-"
+    return f"{r.ms:>9.4g} {ratio:>7} {share:>4}"
+
+
+def _time_end(rows: list[Row]) -> str:
+    mean = _geomean(r.vs_torch for r in rows)
+    return f"{f'{mean:.2f}x' if mean else '-':>7} {'':>4}"
+
+
+def _memory_cell(r: Row) -> str:
+    def part(size: int, ratio: float | None) -> str:
+        return f"{size / 1e6:>8.4g} {f'({ratio:.2f})' if ratio is not None else '':>6}"
+
+    return f"{part(r.peak_bytes, r.peak_vs_torch)} {part(r.extra_bytes, r.extra_vs_torch)}"
+
+
+def _memory_end(rows: list[Row]) -> str:
+    means = (_geomean(r.peak_vs_torch for r in rows), _geomean(r.extra_vs_torch for r in rows))
+    peak, extra = (f"({mean:.2f})" if mean else "" for mean in means)
+    return f"{peak:>6} {'':>8} {extra:>6}"
+
+
 def table(rows: list[Row]) -> str:
-    """A block for each operation, pass and dtype: a line a shape, a column a provider, the ratios' geometric mean."""
+    """For each operation, pass and dtype a block with times; for forward+backward one with memory besides."""
     blocks: dict[tuple[str, str, str], list[Row]] = {}
     for r in rows:
         if r.ms is not None:
@@ -230,29 +358,13 @@ def table(rows: list[Row]) -> str:
     lines = []
     if blocks:
         lines.append("Median ms; torch's time over this one; share of the bandwidth of x.clone() in the same rounds.")
+        lines.append("Memory: peak MB beyond the inputs (over torch's); beyond what is returned too (over torch's).")
+        notes = {op: OPS[op].note for op, _, _ in blocks if OPS[op].note}
+        lines += [line for op, note in notes.items() for line in textwrap.wrap(f"{op}: {note}.", 120)]
     for key, block in blocks.items():
-        names = list(dict.fromkeys(r.provider for r in block))
-        shapes = list(dict.fromkeys(r.shape for r in block))
-        cell = {(r.shape, r.provider): r for r in block}
-        lines += ["", " ".join(key), f"{'':>12} {'copy GB/s':>10}" + "".join(f"  {name:>22}" for name in names)]
-        for shape in shapes:
-            copy = next((r.copy_gb_s for r in block if r.shape == shape and r.copy_gb_s), math.nan)
-            line = f"{shape:>12} {copy:>10.1f}"
-            for name in names:
-                r = cell.get((shape, name))
-                if r is None:
-                    line += f"  {'-':>22}"
-                    continue
-                ratio = f"{r.vs_torch:.2f}x" if r.vs_torch else "-"
-                share = f"{r.vs_copy:.0%}" if r.vs_copy else "-"
-                line += f"  {r.ms:>9.4g} {ratio:>7} {share:>4}"
-            lines.append(line)
-        line = f"{'geomean':>12} {'':>10}"
-        for name in names:
-            ratios = [r.vs_torch for r in block if r.provider == name and r.vs_torch]
-            mean = math.exp(statistics.fmean(map(math.log, ratios))) if ratios else None
-            line += f"  {'':>9} {f'{mean:.2f}x' if mean else '-':>7} {'':>4}"
-        lines.append(line)
+        lines += _block(" ".join(key), "copy GB/s", block, _time_cell, _time_end, 22)
+        if key[1] == "forward+backward":
+            lines += _block(f"{' '.join(key)}: memory", "", block, _memory_cell, _memory_end, 31)
     not_timed: dict[tuple[str, str, str], list[Row]] = {}
     for r in rows:
         if r.status != "ok":
@@ -261,19 +373,22 @@ def table(rows: list[Row]) -> str:
         lines += ["", "Not timed:"]
     for (name, status, reason), where in not_timed.items():
         r = where[0]
-        place = "" if r.n == "" else f" in {r.op} {r.pass_name} {r.dtype} {r.shape}"
+        place = "" if r.shape == "" else f" in {r.op} {r.pass_name} {r.dtype} {r.shape}"
         more = f" (and {len(where) - 1} more)" if len(where) > 1 else ""
         lines.append(f"  {name}: {status}{place}{more}: {reason}")
     return "\n".join(lines)
 
 
-def _names(known: tuple[str, ...] | dict[str, Any]) -> Callable[[str], list[str]]:
+def _names(known: Collection[str], groups: Mapping[str, list[str]] | None = None) -> Callable[[str], list[str]]:
+    """For argparse: a list of known names, or of groups that stand for several."""
+    groups = groups or {}
+
     def parse(text: str) -> list[str]:
         names = [name.strip() for name in text.split(",") if name.strip()]
         for name in names:
-            if name not in known:
-                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
-        return list(dict.fromkeys(names))
+            if name not in known and name not in groups:
+                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join((*groups, *known))}")
+        return list(dict.fromkeys(one for name in names for one in groups.get(name, [name])))
 
     return parse
 
@@ -288,32 +403,39 @@ def _ints(text: str) -> list[int]:
     return values
 
 
-def _shapes(text: str) -> list[tuple[int, int]]:
+def _shapes(text: str) -> list[Shape]:
     shapes = []
     for part in text.split(","):
         sizes = _ints(part.replace("x", ","))
-        if len(sizes) != 2:
-            raise argparse.ArgumentTypeError(f"{part!r} is not rows x columns, as in 4096x1024")
-        shapes.append((sizes[0], sizes[1]))
+        if len(sizes) not in {len(op.dims) for op in OPS.values()}:
+            raise argparse.ArgumentTypeError(f"{part!r} is not rows x columns, as in 4096x1024, nor with x hidden")
+        shapes.append(tuple(sizes))
     return shapes
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        prog="bench", description="Time LayerNorm and RMSNorm: first checked against the fp64 truth, then measured."
+        prog="bench", description="Time fused operations: first checked against the fp64 truth, then measured."
     )
-    p.add_argument("--op", type=_names(OPS), default=list(OPS), help=f"of {', '.join(OPS)}; all by default")
-    p.add_argument("--pass", dest="passes", type=_names(PASSES), default=list(PASSES), help=f"of {', '.join(PASSES)}")
-    p.add_argument("--provider", type=_names(PROVIDERS), help=f"of {', '.join(PROVIDERS)}")
-    p.add_argument("--dtype", type=_names(DTYPES), help=f"of {', '.join(DTYPES)}; fp32,bf16 by default")
-    p.add_argument("--shapes", type=_shapes, help="rows x columns, as in 4096x1024,64x65536; a table by default")
-    p.add_argument("--m", type=_ints, help="numbers of rows; with --n instead of --shapes, 4096 by default")
-    p.add_argument("--n", type=_ints, help="numbers of columns; with --m instead of --shapes, 1024 by default")
+    everyone = list(dict.fromkeys(name for op in OPS.values() for name in op.providers))
+    p.add_argument(
+        "--op",
+        type=_names(OPS, GROUPS),
+        default=GROUPS[DEFAULT_GROUP],
+        help=f"of {', '.join(OPS)}, or the groups {', '.join(GROUPS)}; {DEFAULT_GROUP} by default",
+    )
+    p.add_argument("--pass", dest="passes", type=_names(PASSES), help=f"of {', '.join(PASSES)}; all by default")
+    p.add_argument("--provider", type=_names(everyone), help=f"of {', '.join(everyone)}")
+    p.add_argument("--dtype", type=_names(DTYPES), help=f"of {', '.join(DTYPES)}; by default an operation's usual ones")
+    p.add_argument("--shapes", type=_shapes, help="rows x columns, as in 4096x1024,64x65536; of linear losses x hidden")
+    p.add_argument("--m", type=_ints, help="numbers of rows, instead of --shapes")
+    p.add_argument("--n", type=_ints, help="numbers of columns or classes, instead of --shapes")
+    p.add_argument("--h", type=_ints, help="numbers of hidden features, instead of --shapes")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda[:i]")
     p.add_argument("--threads", type=int, help="torch's CPU threads")
     p.add_argument("--seconds", type=float, help="time to spend; 300 by default. Cases past it are not run")
     p.add_argument("--quick", action="store_true", help="few shapes, fp32, no torch.compile, 30 s")
-    p.add_argument("--output", type=Path, help="the CSV; environment (.json) and table (.txt) go beside it")
+    p.add_argument("--output", type=Path, help="the CSV; environment and rows (.json) and table (.txt) go beside it")
     return p
 
 
@@ -324,25 +446,33 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         device = torch.device(args.device)
     except RuntimeError:
         p.error(f"--device {args.device}: cpu or cuda")
-    if device.type not in cases.SHAPES:
+    if device.type not in ("cpu", "cuda"):
         p.error(f"--device {args.device}: cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         p.error(f"--device {args.device}: torch {torch.__version__} sees no GPU")
-    if args.m or args.n:
-        if args.shapes:
-            p.error("--shapes or --m and --n, not both")
-        args.shapes = [(m, n) for m in args.m or [4096] for n in args.n or [1024]]
-    if not args.shapes:
-        args.shapes = list((cases.QUICK_SHAPES if args.quick else cases.SHAPES)[device.type])
-    if args.dtype is None:
-        args.dtype = ["fp32"] if args.quick else ["fp32", "bf16"]
-    if args.provider is None:
-        args.provider = [name for name in DEFAULT_PROVIDERS if not (args.quick and name == "compile")]
+    if args.shapes and any(getattr(args, dim) for dim in DIMS):
+        p.error("--shapes or --m, --n and --h, not both")
+    for op in map(OPS.get, args.op):
+        if args.shapes and not any(len(shape) == len(op.dims) for shape in args.shapes):
+            p.error(f"--shapes has none of {' x '.join(op.dims)} for {op.name}")
+        if args.provider and not any(name in op.providers for name in args.provider):
+            p.error(f"--provider: {op.name} has none of {', '.join(args.provider)}, but {', '.join(op.providers)}")
+        if not passes_of(op, args):
+            p.error(f"--pass: {op.name} has none of {', '.join(args.passes)}, but {', '.join(op.passes)}")
     if args.seconds is None:
         args.seconds = 30.0 if args.quick else 300.0
     if args.output is None:
         args.output = Path("runs") / f"bench-{time.strftime('%Y%m%d-%H%M%S')}-{device.type}.csv"
     return args
+
+
+def chosen_providers(args: argparse.Namespace) -> dict[str, list[Provider]]:
+    """The providers asked for, by operation."""
+    chosen = {}
+    for op in map(OPS.get, args.op):
+        names = args.provider or default_providers(op, args.quick)
+        chosen[op.name] = [op.providers[name] for name in names if name in op.providers]
+    return chosen
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -354,19 +484,26 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device(args.device)
     sink = Sink(args.output)
     env = environment.collect(device, None if argv is None else ["bench", *argv])
-    reasons = {name: PROVIDERS[name].unavailable(device) for name in args.provider}
+    chosen = chosen_providers(args)
+    reasons = {op: {p.name: p.unavailable(device) for p in everyone} for op, everyone in chosen.items()}
     env["providers"], env["finished"] = reasons, False
     env_path = args.output.with_suffix(".json")
     env_path.write_text(json.dumps(env, indent=2) + "\n")
     print(f"{env['device']['name']}, {env['threads']} threads, torch {torch.__version__}; rows go to {args.output}")
-    for name, reason in reasons.items():
-        if reason is not None:
-            print(f"skipped: {name}: {reason}")
-            sink.add(Row("all", "all", "all", "", "", name, "skipped", reason=reason))
-    progress = Progress(len(args.op) * len(args.dtype) * len(args.shapes) * len(args.passes), quiet_seconds=15)
+    told = set()
+    for op, everyone in reasons.items():
+        for name, reason in everyone.items():
+            if reason is not None:
+                sink.add(row(OPS[op], "all", "all", (), name, "skipped", reason))
+                if (name, reason) not in told:
+                    print(f"skipped: {name}: {reason}")
+                told.add((name, reason))
+    providers = {op: [p for p in everyone if reasons[op][p.name] is None] for op, everyone in chosen.items()}
+    cases = grid(args)
+    progress = Progress(sum(len(passes_of(op, args)) for op, _, _ in cases), quiet_seconds=15)
     status, text = 0, ""
     try:
-        left = run(args, sink, progress, [PROVIDERS[name] for name, reason in reasons.items() if reason is None])
+        left = run(args, cases, sink, progress, providers)
         if left:
             text = f"\n\nThe {args.seconds:.0f} s were spent with {left} cases (operation, dtype, shape) not run."
         env["finished"] = not left
@@ -377,6 +514,8 @@ def main(argv: list[str] | None = None) -> int:
     text = table(sink.rows) + text
     print(text)
     args.output.with_suffix(".txt").write_text(text + "\n")
+    env["rows"] = [r.as_dict() for r in sink.rows]
     env_path.write_text(json.dumps(env, indent=2) + "\n")
-    failed = {r.provider for r in sink.rows if r.status in ("wrong", "error")}
-    return status or int(any(name in PROVIDERS and PROVIDERS[name].ours for name in failed))
+    failed = [r for r in sink.rows if r.status in ("wrong", "error")]
+    ours = any(r.provider in OPS[r.op].providers and OPS[r.op].providers[r.provider].ours for r in failed)
+    return status or int(ours)

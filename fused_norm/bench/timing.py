@@ -9,23 +9,30 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
+
+from .memory import Peak, cpu_peak, cuda_peak
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 100
 
 #: A CPU sample holds as many calls as fill this time, so that the clock's own cost does not show.
 CPU_SAMPLE_S = 200e-6
 
-#: Back-to-back calls in one sample of a CUDA call's cost.
-CUDA_CALLS = 10
+#: Back-to-back calls in one sample of a CUDA call's cost, and the milliseconds that they should not exceed together.
+CUDA_CALLS, CUDA_CALLS_MS = 10, 50.0
 
 
 @dataclass(frozen=True)
 class Contender:
-    """Something to time: ``prepare()`` gives the call that is timed; ``context()`` is entered around it, untimed."""
+    """Something to time: ``prepare()`` gives the call that is timed; ``context()`` is entered around it, untimed.
+
+    ``held`` are tensors that the call may return without having made them.
+    """
 
     name: str
     prepare: Callable[[], Callable[[], object]]
     context: Callable[[], AbstractContextManager] = nullcontext
+    held: tuple[Tensor, ...] = ()
 
 
 @dataclass
@@ -35,6 +42,7 @@ class Samples:
 
     ms: list[float] = field(default_factory=list)
     call_ms: list[float] = field(default_factory=list)
+    peak: Peak | None = None
     error: Exception | None = None
     warm_up_s: float = 0.0
 
@@ -56,6 +64,9 @@ class CpuClock:
         start = time.perf_counter()
         call()
         return time.perf_counter() - start
+
+    def peak(self, call: Callable[[], object], held: tuple[Tensor, ...]) -> Peak:
+        return cpu_peak(call, held)
 
     def sample(self, call: Callable[[], object], host_s: float, into: Samples) -> None:
         repeats = max(1, min(1000, int(CPU_SAMPLE_S / max(host_s, 1e-7))))
@@ -90,6 +101,9 @@ class CudaClock:
         del out
         return elapsed
 
+    def peak(self, call: Callable[[], object], held: tuple[Tensor, ...]) -> Peak:
+        return cuda_peak(call, held, self.device)
+
     def sample(self, call: Callable[[], object], host_s: float, into: Samples) -> None:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda._sleep(int(2e9 * 2 * (host_s + 100e-6)))  # cycles of a clock near 2 GHz
@@ -99,11 +113,12 @@ class CudaClock:
         end.record()
         torch.cuda.synchronize(self.device)
         into.ms.append(start.elapsed_time(end))
+        calls = max(1, min(CUDA_CALLS, int(CUDA_CALLS_MS / max(into.ms[-1], 1e-3))))
         begin = time.perf_counter()
-        for _ in range(CUDA_CALLS):
+        for _ in range(calls):
             out = call()
         torch.cuda.synchronize(self.device)
-        into.call_ms.append((time.perf_counter() - begin) * 1e3 / CUDA_CALLS)
+        into.call_ms.append((time.perf_counter() - begin) * 1e3 / calls)
         del out
 
 
@@ -125,8 +140,8 @@ def orders(names: list[str], rounds: int) -> Iterator[list[str]]:
 def time_group(contenders: list[Contender], clock: Clock, seconds: float) -> dict[str, Samples]:
     """Samples for each contender, all from the same rounds: as many as fit in ``seconds``, between the two bounds.
 
-    Each is called three times first, untimed: the first call compiles, the third tells how long one takes. One that
-    raises there has its error for a result, and the others go on.
+    Each is called three times first, untimed: the first call compiles, the second tells how much memory one takes, the
+    third how long. One that raises there has its error for a result, and the others go on.
     """
     samples = {c.name: Samples() for c in contenders}
     ready: dict[str, tuple[Contender, Callable[[], object], float]] = {}
@@ -136,7 +151,7 @@ def time_group(contenders: list[Contender], clock: Clock, seconds: float) -> dic
             with c.context():
                 call = c.prepare()
                 call()
-                call()
+                samples[c.name].peak = clock.peak(call, c.held)
                 ready[c.name] = (c, call, clock.host_s(call))
         except Exception as e:
             samples[c.name].error = e

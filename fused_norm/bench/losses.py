@@ -1,0 +1,236 @@
+"""The ticks loss as operations of the harness: of logits, and of hidden states and a classifier's weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import functional as FF
+from .. import reference
+from .operation import Call, Inputs, Op, Provider, Shape, random_tensors, row_blocks
+from .providers import fused, liger_unavailable, package, with_providers
+
+TICKS_WEIGHT = 1e-3
+
+#: A provider whose name begins so computes cross entropy alone, and is judged by cross entropy's own truth.
+CE = "cross_entropy"
+
+#: (rows, classes): the vocabularies of BERT, Llama 2 and Llama 3, 125 to 263 MB of fp32 logits; on a GPU Gemma's too.
+SHAPES: dict[str, tuple[Shape, ...]] = {
+    "cpu": ((1024, 30522), (1024, 32000), (512, 128256)),
+    "cuda": tuple((m, v) for v in (32000, 128256, 262144) for m in (4096, 8192)),
+}
+QUICK_SHAPES: dict[str, tuple[Shape, ...]] = {"cpu": ((256, 32000),), "cuda": ((4096, 32000), (4096, 128256))}
+
+#: (rows, classes, hidden features); the last is Qwen's vocabulary.
+LINEAR_SHAPES: dict[str, tuple[Shape, ...]] = {
+    "cpu": ((512, 32000, 512), (512, 128256, 512)),
+    "cuda": tuple((8192, v, 4096) for v in (32000, 128256, 152064)),
+}
+LINEAR_QUICK_SHAPES: dict[str, tuple[Shape, ...]] = {"cpu": ((128, 32000, 256),), "cuda": ((4096, 32000, 4096),)}
+
+
+def ticks_formula(x: Tensor, target: Tensor) -> Tensor:
+    """Cross entropy and ticks as one writes them in torch, in x's dtype."""
+    lp = F.log_softmax(x, -1).gather(-1, target.unsqueeze(-1))
+    return (-lp + TICKS_WEIGHT * (lp.exp() - lp)).mean()
+
+
+def linear_ticks_formula(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
+    return ticks_formula(F.linear(x, w), target)
+
+
+def ticks_bytes(pass_name: str, shape: Shape, dtype: torch.dtype) -> int:
+    """Bytes of an ideal pass over (M, V) logits; row data is fp32 (fp64 for fp64), targets int64.
+
+    forward     the logits read; a row's target, its loss and three statistics (without grad: no statistics)
+    backward    the logits read, their gradient written; a row's target and statistics, the one upstream gradient
+    """
+    (m, v), e = shape, dtype.itemsize
+    acc = max(e, 4)
+    forward, stats = m * v * e + m * (8 + acc), 3 * m * acc
+    backward = 2 * m * v * e + 8 * m + stats + acc
+    return {
+        "forward": forward + stats,
+        "backward": backward,
+        "forward+backward": forward + stats + backward,
+        "forward-nograd": forward,
+    }[pass_name]
+
+
+def _raise_of_target(m: int, v: int, spread: float, device: torch.device, seed: int) -> Tensor:
+    """How far each row's target is lifted above logits of this spread, from not at all to nearly certain: at random
+    logits every p_t would be next to 0, and 1 - p_t next to 1."""
+    g = torch.Generator(device).manual_seed(seed + 1)
+    return torch.rand(m, generator=g, device=device) * (math.log(v) + spread * spread / 2 + 3)
+
+
+def _upstream(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(0.7, device=device).to(dtype)
+
+
+def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+    m, v = shape
+    z = random_tensors(torch.float32, device, seed)(m, v, scale=2.0)
+    target = torch.randint(v, (m,), generator=torch.Generator(device).manual_seed(seed), device=device)
+    z[torch.arange(m, device=device), target] += _raise_of_target(m, v, 2.0, device, seed)
+    x = z.to(dtype).requires_grad_()
+    return Inputs({"x": x, "target": target}, ("x",), _upstream(dtype, device))
+
+
+def make_linear_inputs(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+    m, v, h = shape
+    rand = random_tensors(torch.float32, device, seed)
+    x, w = rand(m, h), rand(v, h, scale=h**-0.5)  # logits of spread 1
+    target = torch.randint(v, (m,), generator=torch.Generator(device).manual_seed(seed), device=device)
+    rows = w[target]
+    x += rows * (_raise_of_target(m, v, 1.0, device, seed) / rows.square().sum(1)).unsqueeze(1)
+    x, w = (t.to(dtype).requires_grad_() for t in (x, w))
+    return Inputs({"x": x, "w": w, "target": target}, ("x", "w"), _upstream(dtype, device))
+
+
+def _block(z: Tensor, target: Tensor, ticks: float, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the rows' losses, and the gradient of logits, in fp64, of a loss that is ``scale`` times that sum."""
+    loss, stats = reference.ticks_forward(z, target, None, -100, 0.0, 1.0, ticks, 0.0)
+    grad = scale.expand(z.shape[0])
+    dz, _ = reference.ticks_backward(
+        grad, None, z, target, stats, None, -100, 0.0, 1.0, ticks, 0.0, need_dz=True, need_dtarget=False, inplace=False
+    )
+    return loss.sum(), dz
+
+
+@torch.no_grad()
+def truth(ticks: float, inputs: Inputs) -> dict[str, Tensor]:
+    x, target = inputs.args
+    m, v = x.shape
+    y, dx = 0.0, torch.empty_like(x, dtype=torch.float64)
+    for rows in row_blocks(m, v, x.device):
+        loss, dx[rows] = _block(x[rows].double(), target[rows], ticks, inputs.upstream.double() / m)
+        y = y + loss
+    return {"y": y / m, "dx": dx}
+
+
+@torch.no_grad()
+def linear_truth(ticks: float, inputs: Inputs) -> dict[str, Tensor]:
+    x, w, target = inputs.args
+    x64, w64 = x.double(), w.double()
+    y, dx, dw = 0.0, torch.empty_like(x64), torch.zeros_like(w64)
+    for rows in row_blocks(x.shape[0], w.shape[0], x.device):
+        loss, dz = _block(x64[rows] @ w64.T, target[rows], ticks, inputs.upstream.double() / x.shape[0])
+        y = y + loss
+        dx[rows] = dz @ w64
+        dw.addmm_(dz.T, x64[rows])
+    return {"y": y / x.shape[0], "dx": dx, "dw": dw}
+
+
+def _first(function: type[torch.autograd.Function], *args: object) -> Tensor:
+    """Liger's functions return the loss first, and with it what else was asked for."""
+    out = function.apply(*args)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _liger_cross_entropy() -> Call:
+    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
+
+    return lambda x, target: _first(LigerCrossEntropyFunction, x, target, None)
+
+
+def _liger_linear() -> Call:
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    return lambda x, w, target: _first(LigerFusedLinearCrossEntropyFunction, x, w, target)
+
+
+def _cut(**options: object) -> Call:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return partial(linear_cross_entropy, **options)
+
+
+def _torch_linear(chunked: bool) -> Call:
+    options = torch.nn.LinearCrossEntropyOptions() if chunked else None
+    return lambda x, w, target: F.linear_cross_entropy(x, w, target, options=options)
+
+
+def _torch_linear_unavailable(device: torch.device) -> str | None:
+    has = hasattr(F, "linear_cross_entropy")
+    return None if has else f"torch {torch.__version__} has no linear_cross_entropy; 2.13 has"
+
+
+def _ce(name: str, make: Callable[[], Call], unavailable=lambda device: None, overwrites=()) -> Provider:
+    return Provider(f"ce:{name}", make, unavailable, function=CE, overwrites=overwrites)
+
+
+def _fused_ticks(x: Tensor, target: Tensor, **options: object) -> Tensor:
+    return FF.ticks_cross_entropy(x, target, ticks_weight=TICKS_WEIGHT, **options)
+
+
+def _fused_linear_ticks(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
+    return FF.linear_ticks_cross_entropy(x, w, target, ticks_weight=TICKS_WEIGHT)
+
+
+_CE_NOTE = "ce:* compute cross entropy alone, a smaller task, and are judged by its own truth"
+
+TICKS = with_providers(
+    Op(
+        name="ticks_cross_entropy",
+        group="ticks",
+        dims=("m", "n"),
+        baseline=ticks_formula,
+        fused=_fused_ticks,
+        inputs=make_inputs,
+        truths={"": partial(truth, TICKS_WEIGHT), CE: partial(truth, 0.0)},
+        bytes_moved=ticks_bytes,
+        shapes=SHAPES,
+        quick_shapes=QUICK_SHAPES,
+        note=f"logits (M, V); torch is -lp + {TICKS_WEIGHT}*(lp.exp() - lp) of log_softmax; {_CE_NOTE}; ce:liger and"
+        " fused:inplace write the gradient over the logits (ce:liger in forward already)",
+    ),
+    "ticks",
+    (
+        _ce("torch", lambda: F.cross_entropy),
+        _ce("liger", _liger_cross_entropy, liger_unavailable, overwrites=("x",)),
+        fused("fused:inplace", "auto", partial(_fused_ticks, inplace_backward=True), "ticks", overwrites=("x",)),
+    ),
+)
+
+LINEAR_TICKS = with_providers(
+    Op(
+        name="linear_ticks_cross_entropy",
+        group="ticks",
+        dims=("m", "n", "h"),
+        baseline=linear_ticks_formula,
+        fused=_fused_linear_ticks,
+        inputs=make_linear_inputs,
+        truths={"": partial(linear_truth, TICKS_WEIGHT), CE: partial(linear_truth, 0.0)},
+        bytes_moved=lambda pass_name, shape, dtype: None,  # bound by arithmetic, not by bytes
+        shapes=LINEAR_SHAPES,
+        quick_shapes=LINEAR_QUICK_SHAPES,
+        # Fused ones make the gradients in forward where any are wanted, so neither half compares with torch's.
+        passes=("forward+backward", "forward-nograd"),
+        # torch's bf16 matrix products are many times slower than fp32's on a CPU without instructions for bf16.
+        dtypes={"cpu": ("fp32",), "cuda": ("fp32", "bf16")},
+        note=f"hidden (M, H) and weight (V, H), as M x V x H; torch is F.linear and the formula; {_CE_NOTE}; on a CPU"
+        " fp32 alone by default: torch's bf16 matrix products are many times slower on one without bf16 instructions",
+    ),
+    "ticks",
+    (
+        _ce("torch", lambda: lambda x, w, target: F.cross_entropy(F.linear(x, w), target)),
+        _ce("torch-linear", partial(_torch_linear, False), _torch_linear_unavailable),
+        _ce("torch-chunked", partial(_torch_linear, True), _torch_linear_unavailable),
+        _ce("liger", _liger_linear, liger_unavailable),
+        *(
+            _ce(name, partial(_cut, **options), package("cut_cross_entropy", "cut-cross-entropy", gpu_only))
+            for name, gpu_only, options in (  # by default, "cce" leaves out gradients below a threshold
+                ("cut", True, {"impl": "cce"}),
+                ("cut-exact", True, {"impl": "cce", "filter_eps": None}),
+                ("cut-compile", False, {"impl": "torch_compile"}),
+            )
+        ),
+    ),
+)
