@@ -29,11 +29,15 @@ SECTION_LIMIT_S = 530.0
 #: Seconds between asking a step to stop (as Ctrl-C does, so that it writes what it has) and killing it.
 GRACE_S = 10.0
 
-#: Seconds given to the benchmark for its cases: inside the section's limit, with room for compiling.
-BENCH_SECONDS = 420
+#: What the benchmark runs, a step each, by the result's name: operations, and seconds given to their cases. Together
+#: they stay inside the section's limit, with room for compiling.
+BENCHES = {"bench": ("norms", 220), "bench-ticks": ("ticks", 220)}
 
 #: Test files that run on the real GPU as a whole, beside every test marked gpu.
-GPU_TEST_FILES = ("tests/test_triton.py", "tests/test_cuda_native.py")
+GPU_TEST_FILES = ("tests/test_triton.py", "tests/test_triton_ticks.py", "tests/test_cuda_native.py")
+
+#: Test files whose small tests run under the sanitizers. Most of the last one's tests need a compiler instead of a GPU.
+SANITIZED_TEST_FILES = (*GPU_TEST_FILES, "tests/test_cuda_ticks.py")
 
 SECTIONS = ("build", "test", "gradcheck", "sanitize", "bench")
 
@@ -147,7 +151,7 @@ def sanitize_steps() -> list[Step]:
     if tool is None:
         message = "compute-sanitizer is neither on PATH nor in CUDA_HOME/bin"
         return [Step("find compute-sanitizer", python("-c", f"import sys; sys.exit({message!r})"))]
-    files = [f for f in GPU_TEST_FILES if (ROOT / f).exists()]
+    files = [f for f in SANITIZED_TEST_FILES if (ROOT / f).exists()]
     env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return [
         Step(
@@ -162,8 +166,11 @@ def sanitize_steps() -> list[Step]:
 
 
 def bench_steps(out: Path) -> list[Step]:
-    options = ("--device", "cuda", "--seconds", str(BENCH_SECONDS), "--output", str(out / "bench.csv"))
-    return [Step("bench", python("bench/run.py", *options))]
+    steps = []
+    for name, (op, seconds) in BENCHES.items():
+        options = ("--device", "cuda", "--op", op, "--seconds", str(seconds), "--output", str(out / f"{name}.csv"))
+        steps.append(Step(name, python("bench/run.py", *options)))
+    return steps
 
 
 def sections(out: Path, chosen: list[str]) -> dict[str, Callable[[], list[Step]]]:
@@ -251,9 +258,10 @@ def summary(outcomes: list[Outcome], out: Path, title: str) -> str:
     for o in outcomes:
         detail = o.detail.replace("|", "\\|")
         lines.append(f"| {o.section} | {o.step} | {'ok' if o.ok else '**failed**'} | {o.seconds:.0f} | {detail} |")
-    table = out / "bench.txt"
-    if table.exists():
-        lines += ["", "## Benchmark", "", "```", table.read_text().rstrip(), "```"]
+    for name, (op, _) in BENCHES.items():
+        table = out / f"{name}.txt"
+        if table.exists():
+            lines += ["", f"## Benchmark of the {op}", "", "```", table.read_text().rstrip(), "```"]
     return "\n".join(lines) + "\n"
 
 

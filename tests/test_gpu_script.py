@@ -149,10 +149,11 @@ def test_a_section_alone_builds_first_where_nothing_is_built(gpu, tmp_path, monk
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     monkeypatch.setattr(gpu, "build_steps", lambda: [gpu.Step("build", script(""))])
     (tmp_path / "fused_norm").mkdir()
-    assert [s.name for s in gpu.sections(tmp_path, ["bench"])["bench"]()] == ["build", "bench"]
-    assert [s.name for s in gpu.sections(tmp_path, ["build", "bench"])["bench"]()] == ["bench"]
+    benches = ["bench", "bench-ticks"]
+    assert [s.name for s in gpu.sections(tmp_path, ["bench"])["bench"]()] == ["build", *benches]
+    assert [s.name for s in gpu.sections(tmp_path, ["build", "bench"])["bench"]()] == benches
     (tmp_path / "fused_norm" / "_C_cuda.abi3.so").touch()
-    assert [s.name for s in gpu.sections(tmp_path, ["bench"])["bench"]()] == ["bench"]
+    assert [s.name for s in gpu.sections(tmp_path, ["bench"])["bench"]()] == benches
 
 
 def test_a_missing_sanitizer_is_a_failed_step(gpu, tmp_path, monkeypatch):
@@ -164,11 +165,12 @@ def test_a_missing_sanitizer_is_a_failed_step(gpu, tmp_path, monkeypatch):
 def test_every_sanitizer_runs_over_every_small_gpu_test(gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     monkeypatch.setattr(gpu, "find_sanitizer", lambda: "/cuda/bin/compute-sanitizer")
-    for name in gpu.GPU_TEST_FILES:
+    for name in gpu.SANITIZED_TEST_FILES:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     steps = gpu.sanitize_steps()
-    assert len(steps) == len(gpu.SANITIZER_TOOLS) * len(gpu.GPU_TEST_FILES)
+    assert len(steps) == len(gpu.SANITIZER_TOOLS) * len(gpu.SANITIZED_TEST_FILES)
+    assert {Path(f).stem for f in gpu.SANITIZED_TEST_FILES} >= {"test_triton_ticks", "test_cuda_ticks"}
     for step in steps:
         assert step.env["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1" and step.judge is gpu.judge_sanitizer
         assert step.command[:2] == ("/cuda/bin/compute-sanitizer", "--tool") and "small" in step.command
@@ -182,6 +184,22 @@ def test_gradients_are_checked_on_the_gpu_and_the_files_go_to_the_result_folder(
 
     options = _parser().parse_args(command[4:])
     assert options.json == tmp_path / "gradcheck.json" and options.junit == tmp_path / "gradcheck.xml"
+
+
+def test_the_benchmark_covers_every_operation_within_the_sections_time(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    from fused_norm.bench.cases import OPS
+    from fused_norm.bench.run import parse
+
+    covered, seconds = set(), 0.0
+    for step in gpu.bench_steps(tmp_path):
+        command = list(step.command)
+        assert command[1] == "bench/run.py"
+        options = parse(command[2:])
+        assert options.device == "cuda" and options.output == tmp_path / f"{step.name}.csv"
+        covered.update(options.op)
+        seconds += options.seconds + 2 * gpu.GRACE_S
+    assert covered == set(OPS) and seconds < gpu.SECTION_LIMIT_S
 
 
 def test_the_workflow_runs_every_section_on_its_own(gpu, tmp_path):
@@ -202,10 +220,11 @@ def test_the_workflow_runs_every_section_on_its_own(gpu, tmp_path):
 
 def test_the_summary_shows_failures_and_the_table(gpu, tmp_path):
     (tmp_path / "bench.txt").write_text("layer_norm forward fp32\n")
+    (tmp_path / "bench-ticks.txt").write_text("ticks_cross_entropy forward fp32\n")
     outcomes = [gpu.Outcome("test", "a", True, 1.0, "3 passed"), gpu.Outcome("bench", "b", False, 2.0, "x | y")]
     text = gpu.summary(outcomes, tmp_path, "A GPU")
     assert "| test | a | ok | 1 | 3 passed |" in text and "| bench | b | **failed** | 2 | x \\| y |" in text
-    assert "layer_norm forward fp32" in text
+    assert "layer_norm forward fp32" in text and "ticks_cross_entropy forward fp32" in text
 
 
 @pytest.mark.parametrize(("code", "status"), [(0, 0), (3, 1)])
