@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -76,7 +76,7 @@ def _shaped_like(result: Tensor, x: Tensor) -> Tensor:
     return result if result.shape == x.shape else _reshape_fresh(result, x.shape)
 
 
-class _Function(torch.autograd.Function):
+class Function(torch.autograd.Function):
     """A Function with rules for every transform."""
 
     @classmethod
@@ -87,7 +87,7 @@ class _Function(torch.autograd.Function):
         return super(torch.autograd.Function, cls).apply(*args)
 
 
-def _jvp_rule(rule: Callable) -> staticmethod:
+def jvp_rule(rule: Callable) -> staticmethod:
     """A jvp of (ctx, the saved tensors, tangents) that an enclosing torch.func.jvp can differentiate once more.
 
     torch turns forward mode off while a rule runs, for the enclosing levels too, which would see zero tangents without
@@ -103,6 +103,16 @@ def _jvp_rule(rule: Callable) -> staticmethod:
             return rule(ctx, saved, *tangents)
 
     return staticmethod(jvp)
+
+
+def jvp_of(
+    vjp: Callable, inputs: Sequence[Tensor], outputs: Sequence[Tensor], tangents: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """The outputs' tangents, from the vjp: forward mode does not nest here, but u -> J^T u is linear, and its vjp J."""
+    given = [torch.zeros_like(p) if t is None else t for p, t in zip(inputs, tangents, strict=True)]
+    _, transposed = torch.func.vjp(vjp, tuple(torch.zeros_like(o) for o in outputs))
+    (result,) = transposed(tuple(given))
+    return result
 
 
 # -------------------------------------------------------------------------------------------------- running the kernels
@@ -230,20 +240,20 @@ def _double_backward(
 # ---------------------------------------------------------------------------------------------------------- vmap's fold
 
 
-def _fold_rows(t: Tensor | None, dim: int | None, batch: int) -> Tensor | None:
+def fold_rows(t: Tensor | None, dim: int | None, batch: int) -> Tensor | None:
     """A tensor of rows with vmap's batch in front."""
     if t is None:
         return None
     return t.expand(batch, *t.shape) if dim is None else t.movedim(dim, 0)
 
 
-def _fold_stats(stats: Tensor, dim: int | None, batch: int) -> Tensor:
+def fold_stats(stats: Tensor, dim: int | None, batch: int) -> Tensor:
     """(k, M) statistics of each example as (k, batch * M)."""
     stats = stats.unsqueeze(1).expand(-1, batch, -1) if dim is None else stats.movedim(dim, 1)
     return stats.reshape(stats.shape[0], batch * stats.shape[2]).contiguous()  # of one row, reshape is a view
 
 
-def _unfold_stats(stats: Tensor, batch: int) -> Tensor:
+def unfold_stats(stats: Tensor, batch: int) -> Tensor:
     return stats.view(stats.shape[0], batch, stats.shape[1] // batch)
 
 
@@ -251,7 +261,7 @@ def _fold_param(p: Tensor | None, dim: int | None, batch: int, n: int) -> Tensor
     """A parameter with the batch as groups. One that all rows share stays as it is."""
     if p is None or (dim is None and p.numel() == n):
         return p
-    return _fold_rows(p, dim, batch).contiguous()
+    return fold_rows(p, dim, batch).contiguous()
 
 
 def _unfold_param(p: Tensor | None, batch: int) -> Tensor | None:
@@ -263,14 +273,14 @@ def _nothing(x: Tensor, n: int, *groups: int, dtype: torch.dtype) -> tuple[Tenso
     return tuple(x.new_empty((0, g, n), dtype=dtype) if g else None for g in groups)
 
 
-def _out_dims(results: tuple[Tensor | None, ...]) -> tuple[int | None, ...]:
+def out_dims(results: tuple[Tensor | None, ...]) -> tuple[int | None, ...]:
     return tuple(None if r is None else 0 for r in results)
 
 
 # -------------------------------------------------------------------------------------------------------- the functions
 
 
-class Norm(_Function):
+class Norm(Function):
     """layer_norm (``rms=False``) or rms_norm over rows of ``n`` elements: (y, stats).
 
     ``weight`` and ``bias`` are None or contiguous with n elements, or n for each group of rows.
@@ -310,7 +320,7 @@ class Norm(_Function):
             db = db.view(bias_like[1])
         return dx, dw, db, None, None, None, None
 
-    @_jvp_rule
+    @jvp_rule
     def jvp(ctx, saved, dx, dw, db, *_):
         x, weight, stats = saved
         param = next((p for p in (weight, dw, db) if p is not None), x)
@@ -322,17 +332,17 @@ class Norm(_Function):
     @staticmethod
     def vmap(info, in_dims, x, weight, bias, n, eps, rms, backend):
         batch = info.batch_size
-        x = _fold_rows(x, in_dims[0], batch)
+        x = fold_rows(x, in_dims[0], batch)
         if batch == 0:  # nothing to compute, but still connected to the graph
             y = sum((p.sum() * 0 for p in (weight, bias) if p is not None), x.clone())
             rows = math.prod(x.shape[1:]) // n
             return (y, x.new_empty((1 if rms else 2, 0, rows), dtype=reference.accumulation_dtype(x))), (0, 1)
         weight, bias = (_fold_param(p, d, batch, n) for p, d in zip((weight, bias), in_dims[1:3], strict=True))
         y, stats = Norm.call(x, weight, bias, n, eps, rms, backend)
-        return (y, _unfold_stats(stats, batch)), (0, 1)
+        return (y, unfold_stats(stats, batch)), (0, 1)
 
 
-class NormBackward(_Function):
+class NormBackward(Function):
     """(dx, dw, db) of :class:`Norm`; dw and db are (groups, n), and what is not needed is None.
 
     It is differentiable in dy, x and weight; ``stats`` follows from x and is taken care of in x's derivative.
@@ -363,7 +373,7 @@ class NormBackward(_Function):
         )
         return grad_dy, grad_x, None, None if grad_w is None else grad_w.view(weight.shape), *(None,) * 8
 
-    @_jvp_rule
+    @jvp_rule
     def jvp(ctx, saved, ddy, dx, _, dweight, *__):
         dy, x, stats, weight = saved
         n, eps, rms, param_dtype, need_dx, dw_groups, db_groups, backend = ctx.options
@@ -384,21 +394,21 @@ class NormBackward(_Function):
     @staticmethod
     def vmap(info, in_dims, dy, x, stats, weight, n, eps, rms, param_dtype, need_dx, dw_groups, db_groups, backend):
         batch = info.batch_size
-        dy, x = _fold_rows(dy, in_dims[0], batch), _fold_rows(x, in_dims[1], batch)
+        dy, x = fold_rows(dy, in_dims[0], batch), fold_rows(x, in_dims[1], batch)
         if batch == 0:
             dx = torch.empty_like(x) if need_dx else None
             results = dx, *_nothing(x, n, dw_groups, db_groups, dtype=param_dtype)
-            return results, _out_dims(results)
-        stats = _fold_stats(stats, in_dims[2], batch)
+            return results, out_dims(results)
+        stats = fold_stats(stats, in_dims[2], batch)
         weight = _fold_param(weight, in_dims[3], batch, n)
         dx, dw, db = NormBackward.call(
             *(dy, x, stats, weight, n, eps, rms, param_dtype, need_dx, batch * dw_groups, batch * db_groups, backend)
         )
         results = dx, _unfold_param(dw, batch), _unfold_param(db, batch)
-        return results, _out_dims(results)
+        return results, out_dims(results)
 
 
-class NormDoubleBackward(_Function):
+class NormDoubleBackward(Function):
     """(grad_dy, grad_x, grad_w): the gradients of :class:`NormBackward`; what is not needed is None.
 
     ``ddx``, ``ddw``, ``ddb`` reach its results and may be None. With ``need_ddy`` alone, and ``dy`` None, it is the
@@ -454,14 +464,10 @@ class NormDoubleBackward(_Function):
             result[6] = None if grad_w is None else grad_w.view(weight.shape)
         return tuple(result)
 
-    @_jvp_rule
+    @jvp_rule
     def jvp(ctx, saved, *tangents):
         inputs, places, outputs, vjp = NormDoubleBackward._formula(saved, ctx.options)
-        given = [tangents[place] for place in places]
-        given = [torch.zeros_like(p) if t is None else t for p, t in zip(inputs, given, strict=True)]
-        # Forward mode does not nest here: J v as the derivative of u -> J^T u, which is linear.
-        _, transposed = torch.func.vjp(vjp, tuple(torch.zeros_like(o) for o in outputs))
-        (result,) = transposed(tuple(given))
+        result = jvp_of(vjp, inputs, outputs, [tangents[place] for place in places])
         result = iter(result)
         return tuple(next(result) if needed else None for needed in ctx.options[4:7])
 
@@ -490,36 +496,15 @@ class NormDoubleBackward(_Function):
         info, in_dims, ddx, ddw, ddb, dy, x, stats, weight, n, eps, rms, dtype, need_ddy, need_dx, dw_groups, backend
     ):
         batch = info.batch_size
-        ddx, dy, x = (_fold_rows(t, in_dims[i], batch) for i, t in ((0, ddx), (3, dy), (4, x)))
+        ddx, dy, x = (fold_rows(t, in_dims[i], batch) for i, t in ((0, ddx), (3, dy), (4, x)))
         if batch == 0:
             grad_dy, grad_x = (torch.empty_like(x) if needed else None for needed in (need_ddy, need_dx))
             results = grad_dy, grad_x, *_nothing(x, n, dw_groups, dtype=dtype)
-            return results, _out_dims(results)
-        stats = _fold_stats(stats, in_dims[5], batch)
+            return results, out_dims(results)
+        stats = fold_stats(stats, in_dims[5], batch)
         ddw, ddb, weight = (_fold_param(p, in_dims[i], batch, n) for i, p in ((1, ddw), (2, ddb), (6, weight)))
         grad_dy, grad_x, grad_w = NormDoubleBackward.call(
             *(ddx, ddw, ddb, dy, x, stats, weight, n, eps, rms, dtype, need_ddy, need_dx, batch * dw_groups, backend)
         )
         results = grad_dy, grad_x, _unfold_param(grad_w, batch)
-        return results, _out_dims(results)
-
-
-class Ticks(torch.autograd.Function):
-    """The per-row loss ``ce*(-log p) + ticks*(p - log p)``, in fp32 (fp64 for fp64 logits), of logits (M, V)."""
-
-    @staticmethod
-    def forward(ctx, z, target, ignore_index, ce, ticks, backend):
-        loss, stats = backend.ticks_forward(z, target, ignore_index, ce, ticks)
-        ctx.save_for_backward(z, target, *stats)
-        ctx.options = ignore_index, ce, ticks
-        ctx.backend = backend
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        z, target, *stats = ctx.saved_tensors
-        backend = ctx.backend
-        if torch.is_grad_enabled() or transforms_active():
-            backend = reference
-            _, stats = reference.ticks_forward(z, target, *ctx.options)
-        return backend.ticks_backward(grad, z, target, stats, *ctx.options), None, None, None, None, None
+        return results, out_dims(results)

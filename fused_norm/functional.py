@@ -17,16 +17,30 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import dispatch, ops, reference
-from .autograd import Norm, Ticks, dense, legacy_batched, norm_forward, resolve, transforms_active
+from .autograd import Norm, dense, legacy_batched, norm_forward, resolve, transforms_active
+from .calls import (
+    DTYPE_NAMES,
+    DTYPES,
+    LOW_PRECISION,
+    PLAIN,
+    autocast_enabled,
+    functionalizing,
+    is_compiling,
+    is_exporting,
+    is_tracing,
+)
+from .functional_ticks import linear_ticks_cross_entropy, linear_ticks_loss, ticks_cross_entropy, ticks_loss
 
-_PLAIN = frozenset({Tensor, torch.nn.Parameter})
-_LOW_PRECISION = frozenset({torch.bfloat16, torch.float16})
-_DTYPES = frozenset({torch.float64, torch.float32}) | _LOW_PRECISION
-_DTYPE_NAMES = "float64, float32, bfloat16 and float16"
-_is_compiling = torch.compiler.is_compiling
-_is_tracing = torch._C._is_tracing
+__all__ = [
+    "layer_norm",
+    "linear_ticks_cross_entropy",
+    "linear_ticks_loss",
+    "rms_norm",
+    "ticks_cross_entropy",
+    "ticks_loss",
+]
+
 _is_grad_enabled = torch.is_grad_enabled
-_functorch_active = torch._C._are_functorch_transforms_active
 _unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 
 
@@ -100,21 +114,21 @@ def _norm(
     eps: float | None,
 ) -> Tensor:
     """Both norms: ``public`` is the function the user called, whose place a torch function mode may take."""
-    if _is_compiling() and not _is_exporting():
+    if is_compiling() and not is_exporting():
         if transforms_active():  # torch.func takes no derivative of an operator, and gives zeros without a word
             return _checked_norm(rms, x, shape, weight, bias, eps, 0, by_formulas=True)
         plan = dispatch.compile_plan("norm", x.device.type)
         return _rms_norm_op(x, shape, weight, eps, plan) if rms else _layer_norm_op(x, shape, weight, bias, eps, plan)
     # torch.export: the program must run, and be lowered, where this package is not.
     # torch.jit.trace: its graph can hold torch's operators alone.
-    if _is_compiling() or _is_tracing():
+    if is_compiling() or is_tracing():
         return _torch_norm(rms, x, shape, weight, bias, eps)
     n = dispatch.plain_row_length(x, shape, weight, bias)
     if not n:
         if (
-            type(x) not in _PLAIN
-            or (weight is not None and type(weight) not in _PLAIN)
-            or (bias is not None and type(bias) not in _PLAIN)
+            type(x) not in PLAIN
+            or (weight is not None and type(weight) not in PLAIN)
+            or (bias is not None and type(bias) not in PLAIN)
             or x.layout is not torch.strided
             or x.is_nested
         ):
@@ -147,15 +161,15 @@ def _checked_norm(
         eps = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
 
     device_type = "cpu" if x.is_cpu else x.device.type
-    if device_type != "cpu" and _autocast_enabled(device_type):
-        x, weight, bias = (t.float() if t is not None and t.dtype in _LOW_PRECISION else t for t in (x, weight, bias))
+    if device_type != "cpu" and autocast_enabled(device_type):
+        x, weight, bias = (t.float() if t is not None and t.dtype in LOW_PRECISION else t for t in (x, weight, bias))
     if not ordinary and (weight is not None or bias is not None):
         weight, bias = _checked_params(rms, x, shape, weight, bias)
 
     if not (ordinary or by_formulas):
         x, weight, bias = (None if t is None else _unwrap_if_dead(t) for t in (x, weight, bias))
         x = resolve(x) if x.is_neg() else x  # forward mode of forward mode loses its way in such a view
-        by_formulas = legacy_batched(x, weight, bias) or _functionalizing()
+        by_formulas = legacy_batched(x, weight, bias) or functionalizing()
     if by_formulas and x.numel():
         return reference.norm_forward(x, weight, bias, n, 1, eps, rms, False)[0]
     backend = None if by_formulas else dispatch.select("norm", device_type)
@@ -177,21 +191,9 @@ def _checked_norm(
     return norm_forward(x, weight, bias, n, eps, rms, backend)[0]
 
 
-def _is_exporting() -> bool:
-    # torch.compiler.is_exporting, which Dynamo of torch 2.11 takes for true in all that it traces.
-    return torch.compiler._is_exporting_flag
-
-
-def _functionalizing() -> bool:
-    """Under torch.func.functionalize, which takes no autograd.Function."""
-    return _functorch_active() and any(
-        i.key() == torch._C._functorch.TransformType.Functionalize for i in torch._C._functorch.get_interpreter_stack()
-    )
-
-
 def _compiled_norm(rms: bool, x, shape, weight, bias, eps, plan: str) -> Tensor:
     """What AOTAutograd traces in the operators' place: the Functions of :mod:`.autograd`, and in them the kernels'."""
-    traced = (FakeTensor, FunctionalTensor, *_PLAIN)
+    traced = (FakeTensor, FunctionalTensor, *PLAIN)
     if any(t is not None and type(t) not in traced for t in (x, weight, bias)) or x.layout is not torch.strided:
         return _torch_norm(rms, x, shape, weight, bias, eps)
     with dispatch.planned(plan):
@@ -210,10 +212,6 @@ _rms_norm_op = ops.composite(
 )
 
 
-def _autocast_enabled(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-
-
 def _torch_norm(rms, x, shape, weight, bias, eps) -> Tensor:
     """torch's own function, made to take fp32 parameters beside bf16 and fp16 input on every device."""
     if rms:
@@ -222,7 +220,7 @@ def _torch_norm(rms, x, shape, weight, bias, eps) -> Tensor:
     if (
         isinstance(x, Tensor)
         and not x.is_cpu
-        and x.dtype in _LOW_PRECISION
+        and x.dtype in LOW_PRECISION
         and any(isinstance(p, Tensor) and p.dtype == torch.float32 for p in (weight, bias))
     ):
         return F.layer_norm(x.float(), shape, weight, bias, eps).to(x.dtype)
@@ -250,13 +248,13 @@ def _row_length(rms: bool, x: Tensor, shape: Sequence[int], weight: Tensor | Non
         message = f"input has shape {tuple(given)}, whose trailing dimensions are not normalized_shape {tuple(shape)}"
         # torch's rms_norm counts dimensions first, and with another class
         raise ValueError(message) if rms and len(given) < k else RuntimeError(message)
-    if x.dtype in _DTYPES or (rms and x.is_complex()):
-        return n if x.dtype in _DTYPES else None
+    if x.dtype in DTYPES or (rms and x.is_complex()):
+        return n if x.dtype in DTYPES else None
     for name, p in (("weight", weight), ("bias", bias)):
         if p is not None and p.dtype != x.dtype and not rms:  # torch's layer_norm compares dtypes first
-            raise RuntimeError(f"{name} is {p.dtype}, input is {x.dtype}: layer_norm takes {_DTYPE_NAMES}")
+            raise RuntimeError(f"{name} is {p.dtype}, input is {x.dtype}: layer_norm takes {DTYPE_NAMES}")
     raise NotImplementedError(
-        f"{'rms_norm' if rms else 'layer_norm'} is not defined for input of {x.dtype}; it takes {_DTYPE_NAMES}"
+        f"{'rms_norm' if rms else 'layer_norm'} is not defined for input of {x.dtype}; it takes {DTYPE_NAMES}"
     )
 
 
@@ -282,150 +280,10 @@ def _checked_params(
         p = weight if weight is not None else bias
         if bias is not None and bias.dtype != p.dtype:
             raise RuntimeError(f"weight is {p.dtype}, bias is {bias.dtype}: they must have the same dtype")
-        if p.dtype != x.dtype and not (p.dtype == torch.float32 and x.dtype in _LOW_PRECISION):
+        if p.dtype != x.dtype and not (p.dtype == torch.float32 and x.dtype in LOW_PRECISION):
             name = "weight" if weight is not None else "bias"
             raise RuntimeError(
                 f"{name} is {p.dtype}, input is {x.dtype}: parameters must have input's dtype,"
                 " or float32 for bfloat16 and float16"
             )
     return weight, bias
-
-
-def ticks_loss(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    r"""The *ticks* loss (token-wise predictive coding): ``e = p - log p``, p = softmax(input) at the target.
-
-    It is cross entropy whose gradient, ``(1 - p) * (softmax - onehot)``, fades as a token becomes well predicted; its
-    floor is 1. Derivation in docs/math.md.
-
-    Args, returns and raises: as :func:`ticks_cross_entropy`.
-    """
-    _not_yet(label_smoothing=label_smoothing)
-    return _ticks(input, target, weight, ignore_index, reduction, 0.0, 1.0)
-
-
-def ticks_cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    *,
-    ticks_weight: float = 1e-3,
-    z_loss_weight: float = 0.0,
-    softcap: float | None = None,
-    inplace_backward: bool = False,
-) -> Tensor:
-    r"""Cross entropy regularised by ticks: ``CE + ticks_weight * (p - log p)`` per target.
-
-    Args:
-        input: logits of shape (M, V), (V,) or (N, V, d1, ...); fp64, fp32, bf16 or fp16.
-        target: class indices, int64, of shape (M,), () or (N, d1, ...).
-        weight: a weight per class, (V,): rows are multiplied by their target's, and the mean is the weighted mean.
-        ignore_index: rows with this target count for nothing and get exactly zero gradient.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        ticks_weight: the coefficient of ticks; 0 is ``F.cross_entropy``.
-        label_smoothing, z_loss_weight, softcap, inplace_backward: not available yet; anything but the default raises.
-
-    Returns:
-        The loss in input's dtype (fp32 under autocast): a scalar, or target's shape for ``"none"``.
-
-    Raises:
-        ValueError: another number of targets than rows, or an unknown reduction.
-        IndexError: on a CPU, a target outside [0, V) that is not ``ignore_index``.
-        RuntimeError: other shapes that do not fit, a target of another type, a weight of another shape or dtype.
-        NotImplementedError: an option that is not available yet, or class probabilities as target.
-    """
-    _not_yet(
-        label_smoothing=label_smoothing,
-        z_loss_weight=z_loss_weight,
-        softcap=softcap,
-        inplace_backward=inplace_backward,
-    )
-    if isinstance(ticks_weight, Tensor):
-        raise TypeError("ticks_weight is a tensor; it must be a number, which takes no gradient")
-    return _ticks(input, target, weight, ignore_index, reduction, 1.0, float(ticks_weight))
-
-
-def _not_yet(**options: float | bool | None) -> None:
-    for name, value in options.items():
-        if value:
-            raise NotImplementedError(f"{name}={value!r} is not available yet; the ticks losses take its default alone")
-
-
-def _ticks(
-    z: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, ce: float, ticks: float
-) -> Tensor:
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"{reduction!r} is not a reduction; the reductions are 'none', 'mean', 'sum'")
-    _check_ticks(z, target, weight)
-    device_type = z.device.type
-    if _autocast_enabled(device_type):
-        z, weight = (t if t is None or t.dtype == torch.float64 else t.float() for t in (z, weight))
-    if weight is not None and weight.dtype != z.dtype:
-        raise RuntimeError(f"weight is {weight.dtype}, input is {z.dtype}: they must have the same dtype")
-    classes = z.shape[-1] if z.dim() == 1 else z.shape[1]
-    rows = z.unsqueeze(0) if z.dim() == 1 else z if z.dim() == 2 else z.movedim(1, -1).reshape(-1, classes)
-    flat = target.reshape(-1).long()
-    keep = flat != ignore_index
-    if z.is_cpu and type(z) in _PLAIN and not _is_compiling() and not _is_tracing() and not transforms_active():
-        bad = keep & ((flat < 0) | (flat >= classes))
-        if bad.any():
-            raise IndexError(f"target {flat[bad][0].item()} is out of range for {classes} classes")
-
-    if classes == 0 or flat.numel() == 0:
-        loss = rows.sum(1) * 0  # nothing to read, but still connected to the graph
-    elif _is_compiling() or _is_tracing() or transforms_active():
-        loss = reference.ticks_forward(rows, flat, ignore_index, ce, ticks)[0]
-    else:
-        backend = dispatch.select("ticks", device_type) or reference  # torch has no such function: eager operations
-        loss = Ticks.apply(rows, flat, ignore_index, ce, ticks, backend)
-
-    row_weight = keep.to(loss.dtype)
-    if weight is not None:
-        row_weight = row_weight * weight.to(loss.dtype)[torch.where(keep, flat, 0)]
-        loss = loss * row_weight
-    if reduction == "none":
-        return loss.reshape(target.shape).to(z.dtype)
-    total = loss.sum()
-    return (total if reduction == "sum" else total / row_weight.sum()).to(z.dtype)
-
-
-def _check_ticks(z: Tensor, target: Tensor, weight: Tensor | None) -> None:
-    """Raise what ``F.cross_entropy`` raises, with both values in the message."""
-    if not isinstance(z, Tensor) or not isinstance(target, Tensor):
-        raise TypeError(f"input and target must be tensors, not {type(z).__name__} and {type(target).__name__}")
-    if z.dim() == 0:
-        raise RuntimeError(
-            f"input has shape (), target has shape {tuple(target.shape)}: input needs a dimension of classes"
-        )
-    if target.shape == z.shape:  # so F.cross_entropy tells class probabilities from indices
-        if target.is_floating_point():
-            raise NotImplementedError("class probabilities as target are not available yet; it must hold class indices")
-        raise RuntimeError(f"target is {target.dtype} and has input's shape {tuple(z.shape)}: expected class indices")
-    given, expected = tuple(target.shape), () if z.dim() == 1 else (z.shape[0], *z.shape[2:])
-    if given != expected and not (z.dim() == 1 and given == (1,)):
-        message = f"target has shape {given}, but input of shape {tuple(z.shape)} needs {expected}"
-        batch_differs = given[:1] != (1 if z.dim() == 1 else z.shape[0],)
-        raise ValueError(message) if batch_differs else RuntimeError(message)
-    if target.dtype not in (torch.int64, torch.uint8):
-        raise RuntimeError(f"target is {target.dtype}; it must hold class indices, as torch.int64")
-    if z.dtype not in _DTYPES:
-        raise NotImplementedError(f"the ticks loss is not defined for input of {z.dtype}; it takes {_DTYPE_NAMES}")
-    if target.device != z.device:
-        raise RuntimeError(f"target is on device {target.device}, input is on {z.device}")
-    if weight is not None:
-        if not isinstance(weight, Tensor):
-            raise TypeError(f"weight must be a tensor, not {type(weight).__name__}")
-        classes = z.shape[-1] if z.dim() == 1 else z.shape[1]
-        if tuple(weight.shape) != (classes,):
-            raise RuntimeError(f"weight has shape {tuple(weight.shape)}, but there are {classes} classes")
-        if weight.device != z.device:
-            raise RuntimeError(f"weight is on device {weight.device}, input is on {z.device}")

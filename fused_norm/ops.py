@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import dispatch, reference
 
 _library = torch.library.Library("fused_norm", "FRAGMENT")
 
@@ -77,7 +77,31 @@ def _norm_double_backward_fake(
     return grad_dy, grad_x, grad_w
 
 
+def _ticks_forward_fake(
+    z: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    smoothing: float,
+    ce: float,
+    ticks: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    kept = 3 if reference.is_plain(target, smoothing) else 4
+    dtype = _stats_dtype(z)
+    return z.new_empty(z.shape[:1], dtype=dtype), z.new_empty((kept, z.shape[0]), dtype=dtype)
+
+
+def _ticks_backward_fake(
+    grad: Tensor, grad_lse: Tensor | None, z: Tensor, target: Tensor, *options: Tensor | float | bool | None
+) -> tuple[Tensor, Tensor]:
+    *_, need_dz, need_dtarget = options
+    return z.new_empty(z.shape if need_dz else (0,)), target.new_empty(target.shape if need_dtarget else (0,))
+
+
 _FAKES = {
+    "ticks_forward": _ticks_forward_fake,
+    "ticks_backward": _ticks_backward_fake,
     "norm_forward": _norm_forward_fake,
     "norm_backward": _norm_backward_fake,
     "norm_double_backward": _norm_double_backward_fake,

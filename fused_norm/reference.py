@@ -162,7 +162,7 @@ def _masses(target: Tensor, weight: Tensor | None, smoothing: float, like: Tenso
     return a if weight is None else a * weight.to(like.dtype)
 
 
-def _is_plain(target: Tensor, smoothing: float) -> bool:
+def is_plain(target: Tensor, smoothing: float) -> bool:
     """One class index a row: what belongs to the target alone needs no (M, V) array of its own."""
     return not smoothing and not target.is_floating_point()
 
@@ -188,6 +188,12 @@ def _ticks_of(p: Tensor, q: Tensor, nll: Tensor) -> Tensor:
     return torch.where(q < small, 1 + series, p + nll)
 
 
+def _terms(p: Tensor, q: Tensor, nll: Tensor, ce: float, ticks: float) -> Tensor:
+    """ce*(-log p) + ticks*(p - log p); a coefficient of 0 leaves no trace of an infinite -log p."""
+    terms = ce * nll if ce else torch.zeros_like(nll)
+    return terms + ticks * _ticks_of(p, q, nll) if ticks else terms
+
+
 def ticks_forward(
     z: Tensor,
     target: Tensor,
@@ -209,14 +215,14 @@ def ticks_forward(
     # The largest is left out, but not its derivative: its exp(0) - 1 is 0, and its derivative 1.
     exps = torch.exp(-gap).scatter(1, where, torch.expm1(-gap.gather(1, where)))
     others = exps.sum(1, keepdim=True) + (largest - largest)
-    if _is_plain(target, smoothing):
+    if is_plain(target, smoothing):
         p, q, nll = _prediction(gap.gather(1, target.unsqueeze(1)), others)
-        loss = _row_weight(target, weight, zf) * (ce * nll + ticks * _ticks_of(p, q, nll))
+        loss = _row_weight(target, weight, zf) * _terms(p, q, nll, ce, ticks)
         rows = [largest, others, q]
     else:
         a = _masses(target, weight, smoothing, zf)
         p, q, nll = _prediction(gap, others)
-        terms = ce * nll + ticks * _ticks_of(p, q, nll)
+        terms = _terms(p, q, nll, ce, ticks)
         loss = (a * torch.where((a == 0) & terms.isinf(), 0, terms)).sum(1, keepdim=True)
         rows = [largest, others, a.sum(1, keepdim=True), (a * q).sum(1, keepdim=True)]
     if not soft:
@@ -249,7 +255,7 @@ def ticks_backward(
     largest, others = stats[0].unsqueeze(1), stats[1].unsqueeze(1)
     gap = largest - zf
     dz = dtarget = None
-    if _is_plain(target, smoothing):
+    if is_plain(target, smoothing):
         p, q_t = torch.exp(-gap) / (1 + others), stats[2].unsqueeze(1)
         alpha = g * _row_weight(target, weight, zf) * (ce + ticks * q_t)
         dz = (alpha * p).scatter(1, target.unsqueeze(1), -alpha * q_t)
@@ -259,7 +265,7 @@ def ticks_backward(
             a, a_sum, b_sum = _masses(target, weight, smoothing, zf), stats[2].unsqueeze(1), stats[3].unsqueeze(1)
             dz = g * (p * (ce * (a_sum - a) + ticks * (b_sum - a * q)) - a * q * (ce + ticks * q))
         if need_dtarget:
-            dtarget = g * (1 - smoothing) * (ce * nll + ticks * _ticks_of(p, q, nll))
+            dtarget = g * (1 - smoothing) * _terms(p, q, nll, ce, ticks)
             dtarget = (dtarget if weight is None else dtarget * weight.to(zf.dtype)).to(target.dtype)
     if need_dz:
         if grad_lse is not None:

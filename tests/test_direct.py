@@ -624,7 +624,7 @@ def test_plain_row_length(case):
     assert dispatch.plain_row_length(*args) == expected
     if expected:
         x, shape, weight, bias = args
-        assert type(x) in FF._PLAIN and FF._row_length(False, x, shape, weight, bias) == expected
+        assert type(x) in FF.PLAIN and FF._row_length(False, x, shape, weight, bias) == expected
         for rms in (False, True):
             if (weight is not None or bias is not None) and not (rms and weight is None):
                 checked = [FF.dense(p) for p in FF._checked_params(rms, x, shape, weight, None if rms else bias)]

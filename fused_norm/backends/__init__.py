@@ -62,11 +62,11 @@ Ticks
                    need_dz, need_dtarget, inplace) -> (dz, dtarget)
 
 Arguments
-    ``z`` is the logits, (M, V), contiguous or 2-D with unit stride in its last dimension and any row stride; fp64, fp32,
-    bf16 or fp16. M and V are at least 1. ``target`` is int64 (M,), contiguous (class indices, "hard"), or floating
-    (M, V) with rows as z's (class probabilities, "soft"), in z's dtype or in fp32 beside bf16 and fp16 z. ``weight`` is
-    None or (V,), contiguous, in z's dtype or in fp32 beside bf16 and fp16. ``smoothing`` is in [0, 1], ``ce`` and
-    ``ticks`` are the c and l of SPEC's formula, ``softcap`` is s > 0, or 0.0 for none; all four Python floats.
+    ``z`` is the logits, (M, V), contiguous or 2-D with unit stride in its last dimension and any row stride; fp64,
+    fp32, bf16 or fp16. M and V are at least 1. ``target`` is int64 (M,), contiguous (class indices, "hard"), or
+    floating (M, V) with rows as z's (class probabilities, "soft"), in z's dtype or in fp32 beside bf16 and fp16 z.
+    ``weight`` is None or (V,), contiguous, in z's dtype or in fp32 beside bf16 and fp16. ``smoothing`` is in [0, 1],
+    ``ce`` and ``ticks`` weigh cross entropy and ticks, ``softcap`` is s > 0, or 0.0 for none; all four Python floats.
     ``ignore_index`` is for hard targets. Arithmetic is fp32, or fp64 for fp64 z; acc is that dtype below.
     ``grad`` is the gradient of loss, (M,) in acc, ``grad_lse`` None or that of each row's lse, likewise; either of any
     stride, 0 (expanded) included.
@@ -88,11 +88,11 @@ Mathematics, per row (docs/math.md has the derivations)
     a_j = w_j*((1 - smoothing)*[j == t] + smoothing/V) for hard targets, w_j*((1 - smoothing)*target_j + smoothing/V)
     for soft ones. A term whose a_j is 0 counts for nothing, also where z_j is -inf.
     A = sum_j a_j; B = sum_j a_j*q_j.
-    loss = sum_j a_j*(ce*nll_j + ticks*(p_j + nll_j)).
+    loss = sum_j a_j*((ce + ticks)*nll_j + ticks*p_j): inf where a masked class (z_j = -inf) has mass, also for ce = 0.
     dz'_k = grad*(p_k*(ce*(A - a_k) + ticks*(B - a_k*q_k)) - a_k*q_k*(ce + ticks*q_k)) + grad_lse*p_k;
     without smoothing and soft targets that is alpha*p_k, and -alpha*q_t at the target, with
     alpha = grad*w_t*(ce + ticks*q_t). dz_k = dz'_k*(1 - tanh(z_k/s)^2).
-    dtarget_j = grad*(1 - smoothing)*w_j*(ce*nll_j + ticks*(p_j + nll_j)).
+    dtarget_j = grad*(1 - smoothing)*w_j*((ce + ticks)*nll_j + ticks*p_j).
 Order
     As for norms: the order of a row's sums depends on V alone.
 """
