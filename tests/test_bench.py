@@ -421,6 +421,13 @@ def test_one_that_is_known_to_write_over_its_input_gets_a_copy(tmp_path, plant):
     assert judge_among(op, inputs, Provider("planted", lambda: Inplace.apply)).reason == "wrote over its input x"
     told = Provider("planted", lambda: Inplace.apply, overwrites=("x",))
     assert judge_among(op, inputs, told).status == "ok" and torch.equal(inputs.x.detach(), before)
+    calls, untimed = {"planted": Inplace.apply}, {"planted": 0.0}
+    plant("planted", Inplace.apply, (op,), overwrites=("x",))
+    shape, clock = SHAPE[op.name], FakeClock()
+    run.time_pass(
+        op, "forward+backward", "fp32", shape, inputs, calls, {"planted": gate.Verdict("ok")}, clock, 0.0, untimed
+    )
+    assert len(clock.log) == 2 * timing.MIN_ROUNDS and torch.equal(inputs.x.detach(), before)
     plant("inplace", Inplace.apply, (op,), overwrites=("x",))
     _, rows, _ = bench(
         tmp_path, "--op", op.name, "--dtype", "fp32", "--shapes", "30x4000", "--provider", "torch,inplace"
@@ -611,6 +618,25 @@ def test_cases_go_shape_by_shape_and_each_operation_takes_those_it_has():
         (ticks, "bf16", (1024, 30522)),
         (linear, "fp32", (512, 32000, 512)),
     ]
+
+
+def test_one_that_is_the_same_as_another_in_some_dtypes_runs_in_the_rest_alone(tmp_path):
+    argv = (
+        "--op",
+        "ticks",
+        "--shapes",
+        "12x33,12x33x7",
+        "--provider",
+        "torch,torch:float",
+        "--pass",
+        "forward+backward",
+    )
+    status, rows, _ = bench(tmp_path, *argv, "--dtype", "fp32,bf16")
+    assert status == 0 and {r["status"] for r in rows} == {"ok"}
+    runs = {(r["op"], r["dtype"]): int(r["peak_bytes"]) for r in rows if r["provider"] == "torch:float"}
+    assert set(runs) == {(op.name, "bf16") for op in LOSSES}
+    in_bf16 = next(r for r in rows if (r["op"], r["dtype"], r["provider"]) == (LOSSES[0].name, "bf16", "torch"))
+    assert runs[LOSSES[0].name, "bf16"] > 1.3 * int(in_bf16["peak_bytes"])  # there are copies in fp32
 
 
 def test_both_losses_run(tmp_path, capsys):

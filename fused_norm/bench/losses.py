@@ -45,6 +45,11 @@ def linear_ticks_formula(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
     return ticks_formula(F.linear(x, w), target)
 
 
+def _in_fp32(call: Call) -> Provider:
+    """The formula of logits in fp32, as training code has it: log_softmax in bf16 gives -log p three digits."""
+    return Provider("torch:float", lambda: call, dtypes=(torch.bfloat16, torch.float16))
+
+
 def ticks_bytes(pass_name: str, shape: Shape, dtype: torch.dtype) -> int:
     """Bytes of an ideal pass over (M, V) logits; row data is fp32 (fp64 for fp64), targets int64.
 
@@ -188,11 +193,13 @@ TICKS = with_providers(
         bytes_moved=ticks_bytes,
         shapes=SHAPES,
         quick_shapes=QUICK_SHAPES,
-        note=f"logits (M, V); torch is -lp + {TICKS_WEIGHT}*(lp.exp() - lp) of log_softmax; {_CE_NOTE}; ce:liger and"
-        " fused:inplace write the gradient over the logits (ce:liger in forward already)",
+        note=f"logits (M, V); torch is -lp + {TICKS_WEIGHT}*(lp.exp() - lp) of log_softmax in the logits' dtype,"
+        f" torch:float the same of fp32 copies; {_CE_NOTE}; ce:liger and fused:inplace write the gradient over logits"
+        " (ce:liger in forward already)",
     ),
     "ticks",
     (
+        _in_fp32(lambda x, target: ticks_formula(x.float(), target)),
         _ce("torch", lambda: F.cross_entropy),
         _ce("liger", _liger_cross_entropy, liger_unavailable, overwrites=("x",)),
         fused("fused:inplace", "auto", partial(_fused_ticks, inplace_backward=True), "ticks", overwrites=("x",)),
@@ -215,11 +222,13 @@ LINEAR_TICKS = with_providers(
         passes=("forward+backward", "forward-nograd"),
         # torch's bf16 matrix products are many times slower than fp32's on a CPU without instructions for bf16.
         dtypes={"cpu": ("fp32",), "cuda": ("fp32", "bf16")},
-        note=f"hidden (M, H) and weight (V, H), as M x V x H; torch is F.linear and the formula; {_CE_NOTE}; on a CPU"
+        note=f"hidden (M, H) and weight (V, H), as M x V x H; torch is F.linear and the formula, torch:float the"
+        f" formula of fp32 copies of the logits; {_CE_NOTE}; on a CPU"
         " fp32 alone by default: torch's bf16 matrix products are many times slower on one without bf16 instructions",
     ),
     "ticks",
     (
+        _in_fp32(lambda x, w, target: ticks_formula(F.linear(x, w).float(), target)),
         _ce("torch", lambda: lambda x, w, target: F.cross_entropy(F.linear(x, w), target)),
         _ce("torch-linear", partial(_torch_linear, False), _torch_linear_unavailable),
         _ce("torch-chunked", partial(_torch_linear, True), _torch_linear_unavailable),

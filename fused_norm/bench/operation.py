@@ -73,6 +73,7 @@ class Provider:
 
     ``function`` names the entry of `Op.truths` by which it is judged: empty for the operation itself. ``overwrites``
     names the inputs that it is known to write over: it is given copies of its own, made outside the timed region.
+    ``dtypes`` are those in which it is another than the rest, None for all.
     """
 
     name: str
@@ -81,6 +82,10 @@ class Provider:
     context: Callable[[], AbstractContextManager] = nullcontext
     function: str = ""
     overwrites: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] | None = None
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        return self.dtypes is None or dtype in self.dtypes
 
     @property
     def ours(self) -> bool:

@@ -276,7 +276,8 @@ def run(
                 sink.add(row(op, "all", dtype, shape, p.name, "skipped", reason))
         try:
             inputs = op.make_inputs(shape, DTYPES[dtype], device)
-            verdicts, calls = gate.judge(op, inputs, [p for p in providers[op.name] if p.name not in left_out])
+            here = [p for p in providers[op.name] if p.name not in left_out and p.takes(DTYPES[dtype])]
+            verdicts, calls = gate.judge(op, inputs, here)
         except RuntimeError as e:  # no memory for the inputs or the truth
             sink.add(row(op, "all", dtype, shape, "all", "error", gate.describe(e)))
             for _ in passes_of(op, args):
