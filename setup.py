@@ -160,7 +160,7 @@ def plan(mode: str) -> tuple[list[Extension], list[str]]:
         return [], ["the native extension was not built: FUSED_NORM_BUILD=off"]
     limited = not sysconfig.get_config_var("Py_GIL_DISABLED")
     kernels = [path for path in relative_glob("csrc/cpu/*.cpp") if is_x86() or Path(path).name not in X86_FLAGS]
-    wanted = [("fused_norm._C", "CPU", ["csrc/ops.cpp", "csrc/python.cpp", *kernels], check_cpu)]
+    wanted = [("fused_norm._C", "CPU", ["csrc/ops.cpp", "csrc/ops_ticks.cpp", "csrc/python.cpp", *kernels], check_cpu)]
     if mode != "cpu":
         sources = [*relative_glob("csrc/cuda/*.cu"), "csrc/cuda/bindings.cpp"]
         wanted.append(("fused_norm._C_cuda", "CUDA", sources, check_cuda))

@@ -76,6 +76,53 @@ struct ReducePartials {
   int64_t chunks_per_group;
 };
 
+// The logits are rows of `classes` elements. Of `index` (class indices) and `target` (class probabilities) one is null. `weight` is one a class
+// in the accumulation type, or null for ones; loss, stats, grad and grad_lse are in that type too.
+struct TicksForward {
+  const void* z;
+  const int64_t* index;    // each in [0, classes), or ignore_index
+  const void* target;
+  const void* weight;
+  void* loss;
+  void* stats;             // (3, rows) for class indices without smoothing, else (4, rows)
+  int64_t classes;
+  int64_t rows;
+  int64_t z_stride;        // elements from one row to the next
+  int64_t target_stride;   // bytes
+  int64_t ignore_index;
+  double smoothing;
+  double ce;
+  double ticks;
+  double softcap;          // 0: none
+};
+
+// Each row is cut into `chunks_per_row` chunks of `columns_per_chunk` columns (the last may be shorter).
+struct TicksBackward {
+  const void* grad;
+  const void* grad_lse;    // may be null
+  const void* z;
+  const int64_t* index;
+  const void* target;
+  const void* weight;
+  const void* stats;
+  void* dz;                // may be z; null if not needed, for class probabilities alone
+  void* dtarget;           // contiguous, for class probabilities alone; null if not needed
+  int64_t classes;
+  int64_t rows;
+  int64_t grad_stride;     // elements
+  int64_t grad_lse_stride;
+  int64_t z_stride;
+  int64_t dz_stride;
+  int64_t target_stride;   // bytes
+  int64_t chunks_per_row;
+  int64_t columns_per_chunk;
+  int64_t ignore_index;
+  double smoothing;
+  double ce;
+  double ticks;
+  double softcap;
+};
+
 // `dtype` is x's, `weight_dtype` the weight's and bias's: x's own, or f32 for bf16 and f16 x.
 struct Kernels {
   const char* name;
@@ -87,6 +134,12 @@ struct Kernels {
   void (*norm_double_backward)(Dtype dtype, Dtype param_dtype, bool rms, const NormDoubleBackward&, int64_t begin, int64_t end);
   // columns [begin, end) of group g
   void (*reduce_partials)(Dtype dtype, Dtype out_dtype, const ReducePartials&, int64_t group, int64_t begin, int64_t end);
+  // rows [begin, end); `dtype` is z's, `target_dtype` that of class probabilities: z's own, or f32 for bf16 and f16 z
+  void (*ticks_forward)(Dtype dtype, Dtype target_dtype, const TicksForward&, int64_t begin, int64_t end);
+  // chunks [begin, end), counted over all rows
+  void (*ticks_backward)(Dtype dtype, Dtype target_dtype, const TicksBackward&, int64_t begin, int64_t end);
+  // `count` elements from `dtype` to its accumulation type
+  void (*widen)(Dtype dtype, const void* from, void* to, int64_t count);
 };
 
 extern const Kernels kernels_default;

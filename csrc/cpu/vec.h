@@ -255,6 +255,127 @@ FUSED_NORM_INLINE void store(Half* p, VecF v) {
 #endif
 }
 
+// ---- selection, extremes, elementary functions ----
+
+// mask ? a : b, lane by lane
+FUSED_NORM_INLINE VecF select(MaskF mask, VecF a, VecF b) { return (VecF)(((MaskF)a & mask) | ((MaskF)b & ~mask)); }
+FUSED_NORM_INLINE VecD select(MaskD mask, VecD a, VecD b) { return (VecD)(((MaskD)a & mask) | ((MaskD)b & ~mask)); }
+// v where the mask is not set, 0 where it is
+FUSED_NORM_INLINE VecF clear(MaskF mask, VecF v) { return (VecF)((MaskF)v & ~mask); }
+FUSED_NORM_INLINE VecD clear(MaskD mask, VecD v) { return (VecD)((MaskD)v & ~mask); }
+
+// The larger; b where a is NaN, so that a running maximum in b takes no notice of NaN.
+FUSED_NORM_INLINE VecF larger(VecF a, VecF b) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return (VecF)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(CPU_CAPABILITY_AVX2)
+  return (VecF)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (VecF)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return select(a > b, a, b);
+#endif
+}
+FUSED_NORM_INLINE VecD larger(VecD a, VecD b) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return (VecD)_mm512_max_pd((__m512d)a, (__m512d)b);
+#elif defined(CPU_CAPABILITY_AVX2)
+  return (VecD)_mm256_max_pd((__m256d)a, (__m256d)b);
+#elif defined(__SSE2__)
+  return (VecD)_mm_max_pd((__m128d)a, (__m128d)b);
+#else
+  return select(a > b, a, b);
+#endif
+}
+template <typename V>
+FUSED_NORM_INLINE auto largest_lane(V v) {
+  auto largest = v[0];
+  for (unsigned i = 1; i < sizeof v / sizeof v[0]; i++) largest = v[i] > largest ? v[i] : largest;
+  return largest;
+}
+
+FUSED_NORM_INLINE VecF magnitude(VecF v) { return (VecF)((MaskF)v & 0x7fffffff); }
+FUSED_NORM_INLINE VecD magnitude(VecD v) { return (VecD)((MaskD)v & 0x7fffffffffffffff); }
+
+// exp(x) for x <= 0 (up to a few roundings above 0), to about 1 unit in the last place: exactly 1 at 0, 0 where exp(x) is no normal number
+// (-inf included), NaN for NaN.
+//
+// n is x/ln 2 rounded to an integer, by adding a number so large that its unit in the last place is 1, and r = x - n*ln 2, with ln 2 in
+// two parts, the first so short that n times it is exact. exp(r) = 1 + r + r^2*q(r) by a minimax polynomial on |r| <= ln(2)/2, with a
+// relative error of 3e-9 (fp64: 4e-18). The low bits of the large sum are n plus the exponent's bias: shifted up, they are 2^n.
+FUSED_NORM_INLINE VecF exp_of_nonpositive(VecF x) {
+  const VecF shift = splat<float>(0x1.8p23f + 127);
+  const VecF t = fma(x, splat<float>(0x1.715476p+0f), shift);
+  const VecF n = t - shift;
+  VecF r = fnma(n, splat<float>(0x1.63p-1f), x);
+  r = fnma(n, splat<float>(-0x1.bd0106p-13f), r);
+  VecF q = splat<float>(0x1.6a2352p-10f);
+  q = fma(q, r, splat<float>(0x1.123a6cp-7f));
+  q = fma(q, r, splat<float>(0x1.5558f4p-5f));
+  q = fma(q, r, splat<float>(0x1.55549p-3f));
+  q = fma(q, r, splat<float>(0x1.fffffcp-2f));
+  q = fma(q, r, splat<float>(1));
+  q = fma(q, r, splat<float>(1));
+  const VecF y = q * (VecF)((VecU)t << 23);
+  return clear(x < -0x1.5d589ep+6f, y);  // below ln 2^-126
+}
+FUSED_NORM_INLINE VecD exp_of_nonpositive(VecD x) {
+  const VecD shift = splat<double>(0x1.8p52 + 1023);
+  const VecD t = fma(x, splat<double>(0x1.71547652b82fep+0), shift);
+  const VecD n = t - shift;
+  VecD r = fnma(n, splat<double>(0x1.62e4p-1), x);
+  r = fnma(n, splat<double>(0x1.7f7d1cf79abcap-20), r);
+  VecD q = splat<double>(0x1.ad45af4432ddcp-26);
+  q = fma(q, r, splat<double>(0x1.28ada23aca184p-22));
+  q = fma(q, r, splat<double>(0x1.71df4f0638a89p-19));
+  q = fma(q, r, splat<double>(0x1.a0199a05498bep-16));
+  q = fma(q, r, splat<double>(0x1.a01a0114e697ep-13));
+  q = fma(q, r, splat<double>(0x1.6c16c18413658p-10));
+  q = fma(q, r, splat<double>(0x1.111111112c506p-7));
+  q = fma(q, r, splat<double>(0x1.55555555509a7p-5));
+  q = fma(q, r, splat<double>(0x1.55555555554e5p-3));
+  q = fma(q, r, splat<double>(0x1.0000000000009p-1));
+  q = fma(q, r, splat<double>(1));
+  q = fma(q, r, splat<double>(1));
+  const VecD y = q * (VecD)((MaskD)t << 52);
+  return clear(x < -0x1.6232bdd7abcd2p+9, y);  // below ln 2^-1022
+}
+
+// tanh(x), and 1 - tanh(x)^2 = 4e/(1 + e)^2 with e = exp(-2|x|), which needs no difference of numbers near 1.
+//
+// tanh is 1 - 2e/(1 + e) from 0.625 on, and x + x^3*p(x^2) below (Cephes' polynomials): so it has its digits near 0 too.
+FUSED_NORM_INLINE VecF tanh_below(VecF x, VecF square) {
+  VecF p = splat<float>(-5.70498872745e-3f);
+  p = fma(p, square, splat<float>(2.06390887954e-2f));
+  p = fma(p, square, splat<float>(-5.37397155531e-2f));
+  p = fma(p, square, splat<float>(1.33314422036e-1f));
+  p = fma(p, square, splat<float>(-3.33332819422e-1f));
+  return fma(p * square, x, x);
+}
+FUSED_NORM_INLINE VecD tanh_below(VecD x, VecD square) {
+  VecD p = splat<double>(-9.64399179425052238628e-1);
+  p = fma(p, square, splat<double>(-9.92877231001918586564e1));
+  p = fma(p, square, splat<double>(-1.61468768441708447952e3));
+  VecD q = square + splat<double>(1.12811678491632931402e2);
+  q = fma(q, square, splat<double>(2.23548839060100448583e3));
+  q = fma(q, square, splat<double>(4.84406305325125486048e3));
+  return fma(p / q * square, x, x);
+}
+template <typename A>
+struct Tanh {
+  Vec<A> value, slope;
+};
+template <typename A>
+FUSED_NORM_INLINE Tanh<A> tanh_and_slope(Vec<A> x) {
+  const Vec<A> size = magnitude(x), one = splat<A>(1);
+  const Vec<A> e = exp_of_nonpositive(size * splat<A>(-2));
+  const Vec<A> inverse = one / (one + e);
+  const Vec<A> half = e * inverse;
+  const Mask<A> sign = (Mask<A>)x ^ (Mask<A>)size;
+  const Vec<A> large = (Vec<A>)((Mask<A>)fnma(half, splat<A>(2), one) | sign);
+  return {select(size < (A)0.625, tanh_below(x, x * x), large), splat<A>(4) * (half * inverse)};
+}
+
 // One element, for what is not worth a vector.
 FUSED_NORM_INLINE float load_one(const float* p) { return *p; }
 FUSED_NORM_INLINE double load_one(const double* p) { return *p; }

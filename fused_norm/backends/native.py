@@ -7,6 +7,8 @@ optional: without them this module imports all the same, and :func:`unavailable`
 from __future__ import annotations
 
 import importlib
+import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch  # before the extensions, which need its libraries loaded
@@ -128,6 +130,51 @@ if not _cpu_missing:
             return _C.norm_double_backward(ddx, ddw, ddb, dy, x, *args)
         return reference.norm_double_backward(ddx, ddw, ddb, dy, x, *args)
 
+    @contextmanager
+    def _out_of_range_is_index_error():
+        """On the CPU the operators look at each class index first; the stable ABI has no exception but RuntimeError."""
+        try:
+            yield
+        except RuntimeError as error:
+            found = re.search(r"target -?\d+ is out of range for \d+ classes", str(error))
+            if not found:
+                raise
+            raise IndexError(found.group()) from None
+
+    def ticks_forward(z, target, weight, ignore_index, smoothing, ce, ticks, softcap):
+        """The contract's function.
+
+        Raises:
+            IndexError: on the CPU, if a class index is neither in range nor ``ignore_index``.
+        """
+        with _out_of_range_is_index_error():
+            return torch.ops.fused_norm.ticks_forward.default(
+                z, target, weight, ignore_index, smoothing, ce, ticks, softcap
+            )
+
+    def ticks_backward(
+        grad,
+        grad_lse,
+        z,
+        target,
+        stats,
+        weight,
+        ignore_index,
+        smoothing,
+        ce,
+        ticks,
+        softcap,
+        need_dz,
+        need_dtarget,
+        inplace,
+    ):
+        """The contract's function; raises as :func:`ticks_forward` does."""
+        args = (grad, grad_lse, z, target, stats, weight, ignore_index, smoothing, ce, ticks, softcap)
+        with _out_of_range_is_index_error():
+            if inplace and need_dz:
+                return z, torch.ops.fused_norm.ticks_backward_inplace.default(*args, need_dtarget)
+            return torch.ops.fused_norm.ticks_backward.default(*args, need_dz, need_dtarget)
+
 else:
 
     def norm_forward(*args):
@@ -136,6 +183,8 @@ else:
 
     norm_backward = norm_forward
     norm_double_backward = norm_forward
+    ticks_forward = norm_forward
+    ticks_backward = norm_forward
 
     def plain_row_length(x, normalized_shape, weight, bias):
         """Stands in for the check that is missing: every call takes Python's."""
