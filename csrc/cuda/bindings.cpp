@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "norm.h"
+#include "ticks.h"
 
 namespace {
 
@@ -32,7 +33,8 @@ std::string text(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   return s + (sizes.size() == 1 ? ",)" : ")");
 }
 
-fused_norm::DType dtype_of(const Tensor& t, const char* name) {
+// `op` is the operator whose argument `name` t is, for the message.
+fused_norm::DType dtype_of(const Tensor& t, const char* op, const char* name) {
   switch (t.scalar_type()) {
     case ScalarType::Double: return fused_norm::DType::kFloat64;
     case ScalarType::Float: return fused_norm::DType::kFloat32;
@@ -40,20 +42,20 @@ fused_norm::DType dtype_of(const Tensor& t, const char* name) {
     case ScalarType::Half: return fused_norm::DType::kFloat16;
     default: break;
   }
-  STD_TORCH_CHECK(false, "norm_forward: ", name, " has dtype ", torch::headeronly::toString(t.scalar_type()),
+  STD_TORCH_CHECK(false, op, ": ", name, " has dtype ", torch::headeronly::toString(t.scalar_type()),
                   ", expected Double, Float, BFloat16 or Half");
 }
 
 // The stream that torch would launch on. Its getter lives in libtorch_cuda.so, which a CPU build of torch lacks: taken from the loaded library
 // rather than linked, one build of this module imports everywhere.
-void* current_stream(int32_t device) {
+void* current_stream(int32_t device, const char* op) {
   using Getter = AOTITorchError (*)(int32_t, void**);
   static const Getter getter = [] {
     void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
     return library == nullptr ? nullptr : reinterpret_cast<Getter>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
   }();
-  STD_TORCH_CHECK(getter != nullptr, "norm_forward: x is a CUDA tensor, but libtorch_cuda.so is not loaded or has no "
-                                     "aoti_torch_get_current_cuda_stream");
+  STD_TORCH_CHECK(getter != nullptr, op, ": given a CUDA tensor, but libtorch_cuda.so is not loaded or has no "
+                                         "aoti_torch_get_current_cuda_stream");
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(getter(device, &stream));
   return stream;
@@ -61,19 +63,20 @@ void* current_stream(int32_t device) {
 
 // Where t's elements lie. A tensor whose storage has been freed has a size and no data: reading it would fault, and for weight and bias a
 // null pointer means that there is none.
-const void* data_of(const Tensor& t, const char* name) {
+const void* data_of(const Tensor& t, const char* op, const char* name) {
   const void* const data = t.const_data_ptr();
-  STD_TORCH_CHECK(data != nullptr, "norm_forward: ", name, " has shape ", text(t.sizes()), " and no storage: its memory has been freed");
+  STD_TORCH_CHECK(data != nullptr, op, ": ", name, " has shape ", text(t.sizes()), " and no storage: its memory has been freed");
   return data;
 }
+
+bool is_low_precision(fused_norm::DType dtype) { return dtype == fused_norm::DType::kBFloat16 || dtype == fused_norm::DType::kFloat16; }
 
 // Whether `p`, weight or bias, holds one set of parameters per group rather than a shared one.
 bool check_param(const Tensor& p, const char* name, const Tensor& x, int64_t n, int64_t groups) {
   STD_TORCH_CHECK(p.is_cuda() && p.get_device_index() == x.get_device_index(), "norm_forward: ", name, " is on ",
                   p.is_cuda() ? "cuda:" + std::to_string(p.get_device_index()) : "another device", ", x is on cuda:", x.get_device_index());
-  const auto dtype = dtype_of(p, name), x_dtype = dtype_of(x, "x");
-  const bool low_precision = x_dtype == fused_norm::DType::kBFloat16 || x_dtype == fused_norm::DType::kFloat16;
-  STD_TORCH_CHECK(dtype == x_dtype || (low_precision && dtype == fused_norm::DType::kFloat32), "norm_forward: ", name, " has dtype ",
+  const auto dtype = dtype_of(p, "norm_forward", name), x_dtype = dtype_of(x, "norm_forward", "x");
+  STD_TORCH_CHECK(dtype == x_dtype || (is_low_precision(x_dtype) && dtype == fused_norm::DType::kFloat32), "norm_forward: ", name, " has dtype ",
                   torch::headeronly::toString(p.scalar_type()), ", x has ", torch::headeronly::toString(x.scalar_type()));
   STD_TORCH_CHECK(p.is_contiguous(), "norm_forward: ", name, " is not contiguous, its strides are ", text(p.strides()), " for shape ", text(p.sizes()));
   STD_TORCH_CHECK(p.numel() == n || p.numel() == groups * n, "norm_forward: ", name, " has ", p.numel(), " elements, expected n = ", n,
@@ -84,7 +87,7 @@ bool check_param(const Tensor& p, const char* name, const Tensor& x, int64_t n, 
 std::tuple<Tensor, Tensor> norm_forward(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, int64_t n,
                                         int64_t groups, double eps, bool rms, bool need_stats) {
   STD_TORCH_CHECK(x.is_cuda(), "norm_forward: the CUDA kernel was given an x that is not a CUDA tensor");
-  const fused_norm::DType dtype = dtype_of(x, "x");
+  const fused_norm::DType dtype = dtype_of(x, "norm_forward", "x");
   const int64_t numel = x.numel();
   STD_TORCH_CHECK(n >= 1 && n <= kLongestRow, "norm_forward: n is ", n, ", expected 1 to ", kLongestRow);
   STD_TORCH_CHECK(numel >= 1 && numel % n == 0, "norm_forward: x has ", numel, " elements, which are not rows of ", n);
@@ -100,11 +103,11 @@ std::tuple<Tensor, Tensor> norm_forward(const Tensor& x, const std::optional<Ten
   bool weight_grouped = false, bias_grouped = false;
   if (weight) {
     weight_grouped = check_param(*weight, "weight", x, n, groups);
-    param_dtype = dtype_of(*weight, "weight");
+    param_dtype = dtype_of(*weight, "norm_forward", "weight");
   }
   if (bias) {
     bias_grouped = check_param(*bias, "bias", x, n, groups);
-    param_dtype = dtype_of(*bias, "bias");
+    param_dtype = dtype_of(*bias, "norm_forward", "bias");
   }
   if (weight && bias) {
     STD_TORCH_CHECK(weight->scalar_type() == bias->scalar_type(), "norm_forward: weight has dtype ",
@@ -118,9 +121,9 @@ std::tuple<Tensor, Tensor> norm_forward(const Tensor& x, const std::optional<Ten
   Tensor stats = torch::stable::new_empty(x, stats_shape, dtype == fused_norm::DType::kFloat64 ? ScalarType::Double : ScalarType::Float);
 
   fused_norm::NormForward args{};
-  args.x = data_of(x, "x");
-  args.weight = weight ? data_of(*weight, "weight") : nullptr;
-  args.bias = bias ? data_of(*bias, "bias") : nullptr;
+  args.x = data_of(x, "norm_forward", "x");
+  args.weight = weight ? data_of(*weight, "norm_forward", "weight") : nullptr;
+  args.bias = bias ? data_of(*bias, "norm_forward", "bias") : nullptr;
   args.y = y.mutable_data_ptr();
   args.stats = need_stats ? stats.mutable_data_ptr() : nullptr;
   args.rows = rows;
@@ -132,14 +135,151 @@ std::tuple<Tensor, Tensor> norm_forward(const Tensor& x, const std::optional<Ten
   args.param_dtype = param_dtype;
   args.eps = eps;
   args.rms = rms;
-  const char* const error = fused_norm::launch_norm_forward(args, x.get_device_index(), current_stream(x.get_device_index()));
+  const char* const error = fused_norm::launch_norm_forward(args, x.get_device_index(), current_stream(x.get_device_index(), "norm_forward"));
   STD_TORCH_CHECK(error == nullptr, "norm_forward: ", error, " (x ", text(x.sizes()), ", n = ", n, ", cuda:", x.get_device_index(), ")");
   return {y, stats};
 }
 
+// ---- The ticks loss. `op` is the operator's name in messages. ----
+
+// t is on z's device and of dtype `expected`, or of either of two.
+void check_tensor(const Tensor& t, const char* op, const char* name, const Tensor& z, ScalarType expected, std::optional<ScalarType> or_this = {}) {
+  STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == z.get_device_index(), op, ": ", name, " is on ",
+                  t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "another device", ", z is on cuda:", z.get_device_index());
+  STD_TORCH_CHECK(t.scalar_type() == expected || (or_this && t.scalar_type() == *or_this), op, ": ", name, " has dtype ",
+                  torch::headeronly::toString(t.scalar_type()), ", expected ", torch::headeronly::toString(expected),
+                  or_this && *or_this != expected ? std::string(" or ") + torch::headeronly::toString(*or_this) : std::string());
+}
+
+// Elements from one row of t, (rows, classes), to the next.
+int64_t row_stride(const Tensor& t, const char* op, const char* name, int64_t rows, int64_t classes) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == classes, op, ": ", name, " has shape ", text(t.sizes()),
+                  ", expected (", rows, ", ", classes, ")");
+  STD_TORCH_CHECK(classes == 1 || t.stride(1) == 1, op, ": ", name, " has strides ", text(t.strides()), ", expected unit stride in the row");
+  return t.stride(0);
+}
+
+ScalarType accumulation(const Tensor& z) { return z.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+
+// What forward and backward have in common.
+fused_norm::Ticks check_ticks(const char* op, const Tensor& z, const Tensor& target, const std::optional<Tensor>& weight, int64_t ignore_index,
+                              double smoothing, double ce, double ticks, double softcap) {
+  STD_TORCH_CHECK(z.is_cuda(), op, ": the CUDA kernel was given a z that is not a CUDA tensor");
+  STD_TORCH_CHECK(z.dim() == 2 && z.numel() >= 1, op, ": z has shape ", text(z.sizes()), ", expected (rows, classes), at least 1 of each");
+  fused_norm::Ticks a{};
+  a.dtype = a.target_dtype = a.weight_dtype = dtype_of(z, op, "z");
+  a.rows = z.size(0);
+  a.classes = z.size(1);
+  STD_TORCH_CHECK(a.classes <= kLongestRow, op, ": z has ", a.classes, " classes, expected at most ", kLongestRow);
+  a.z = data_of(z, op, "z");
+  a.z_row_stride = row_stride(z, op, "z", a.rows, a.classes);
+  a.ignore_index = ignore_index;
+  a.smoothing = smoothing;
+  a.ce = ce;
+  a.ticks = ticks;
+  a.softcap = softcap;
+  const std::optional<ScalarType> or_fp32 = is_low_precision(a.dtype) ? std::optional(ScalarType::Float) : std::nullopt;
+  a.soft = target.scalar_type() != ScalarType::Long;
+  if (a.soft) {
+    check_tensor(target, op, "target", z, z.scalar_type(), or_fp32);
+    a.target_dtype = dtype_of(target, op, "target");
+    a.target_row_stride = row_stride(target, op, "target", a.rows, a.classes);
+  } else {
+    check_tensor(target, op, "target", z, ScalarType::Long);
+    STD_TORCH_CHECK(target.dim() == 1 && target.size(0) == a.rows && target.is_contiguous(), op, ": target has shape ", text(target.sizes()),
+                    " and strides ", text(target.strides()), ", expected (", a.rows, ",), contiguous");
+  }
+  a.target = data_of(target, op, "target");
+  if (weight) {
+    check_tensor(*weight, op, "weight", z, z.scalar_type(), or_fp32);
+    STD_TORCH_CHECK(weight->dim() == 1 && weight->size(0) == a.classes && weight->is_contiguous(), op, ": weight has shape ", text(weight->sizes()),
+                    " and strides ", text(weight->strides()), ", expected (", a.classes, ",), contiguous");
+    a.weight_dtype = dtype_of(*weight, op, "weight");
+    a.weight = data_of(*weight, op, "weight");
+  }
+  return a;
+}
+
+std::tuple<Tensor, Tensor> ticks_forward(const Tensor& z, const Tensor& target, const std::optional<Tensor>& weight, int64_t ignore_index,
+                                         double smoothing, double ce, double ticks, double softcap) {
+  fused_norm::TicksForward args{};
+  args.ticks = check_ticks("ticks_forward", z, target, weight, ignore_index, smoothing, ce, ticks, softcap);
+  const int32_t device = z.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const std::vector<int64_t> loss_shape{args.ticks.rows}, stats_shape{fused_norm::is_plain(args.ticks) ? 3 : 4, args.ticks.rows};
+  Tensor loss = torch::stable::new_empty(z, loss_shape, accumulation(z)), stats = torch::stable::new_empty(z, stats_shape, accumulation(z));
+  args.loss = loss.mutable_data_ptr();
+  args.stats = stats.mutable_data_ptr();
+  const char* const error = fused_norm::launch_ticks_forward(args, device, current_stream(device, "ticks_forward"));
+  STD_TORCH_CHECK(error == nullptr, "ticks_forward: ", error, " (z ", text(z.sizes()), ", cuda:", device, ")");
+  return {loss, stats};
+}
+
+// `in_place`: dz is written over z. dz and dtarget are (0,) where they are not needed, and dz where it is z.
+std::tuple<Tensor, Tensor> backward_of_ticks(const char* op, const Tensor& grad, const std::optional<Tensor>& grad_lse, const Tensor& z,
+                                             const Tensor& target, const Tensor& stats, const std::optional<Tensor>& weight,
+                                             int64_t ignore_index, double smoothing, double ce, double ticks, double softcap, bool need_dz,
+                                             bool need_dtarget, bool in_place) {
+  fused_norm::TicksBackward args{};
+  args.ticks = check_ticks(op, z, target, weight, ignore_index, smoothing, ce, ticks, softcap);
+  const int64_t rows = args.ticks.rows, classes = args.ticks.classes, kept = fused_norm::is_plain(args.ticks) ? 3 : 4;
+  const ScalarType acc = accumulation(z);
+  check_tensor(stats, op, "stats", z, acc);
+  STD_TORCH_CHECK(stats.dim() == 2 && stats.size(0) == kept && stats.size(1) == rows && stats.is_contiguous(), op, ": stats has shape ",
+                  text(stats.sizes()), " and strides ", text(stats.strides()), ", expected (", kept, ", ", rows, "), contiguous");
+  args.stats = data_of(stats, op, "stats");
+  const auto check_grad = [&](const Tensor& g, const char* name) {
+    check_tensor(g, op, name, z, acc);
+    STD_TORCH_CHECK(g.dim() == 1 && g.size(0) == rows, op, ": ", name, " has shape ", text(g.sizes()), ", expected (", rows, ",)");
+    return g.stride(0);
+  };
+  args.grad_stride = check_grad(grad, "grad");
+  args.grad = data_of(grad, op, "grad");
+  if (grad_lse) {
+    args.grad_lse_stride = check_grad(*grad_lse, "grad_lse");
+    args.grad_lse = data_of(*grad_lse, op, "grad_lse");
+  }
+  STD_TORCH_CHECK(!need_dtarget || args.ticks.soft, op, ": need_dtarget is true, and target has dtype Long, which has no gradient");
+  STD_TORCH_CHECK(!in_place || rows == 1 || args.ticks.z_row_stride >= classes, op, ": z has strides ", text(z.strides()), " for shape ",
+                  text(z.sizes()), ": its rows overlap, and cannot be written over");
+
+  const int32_t device = z.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const std::vector<int64_t> none{0}, all{rows, classes};
+  Tensor dz = torch::stable::new_empty(z, need_dz && !in_place ? all : none);
+  Tensor dtarget = torch::stable::new_empty(z, need_dtarget ? all : none, args.ticks.soft ? target.scalar_type() : z.scalar_type());
+  args.dz = in_place ? z.mutable_data_ptr() : need_dz ? dz.mutable_data_ptr() : nullptr;
+  args.dz_row_stride = in_place ? args.ticks.z_row_stride : classes;
+  args.dtarget = need_dtarget ? dtarget.mutable_data_ptr() : nullptr;
+  if (args.dz != nullptr || args.dtarget != nullptr) {
+    const char* const error = fused_norm::launch_ticks_backward(args, device, current_stream(device, op));
+    STD_TORCH_CHECK(error == nullptr, op, ": ", error, " (z ", text(z.sizes()), ", cuda:", device, ")");
+  }
+  return {dz, dtarget};
+}
+
+std::tuple<Tensor, Tensor> ticks_backward(const Tensor& grad, const std::optional<Tensor>& grad_lse, const Tensor& z, const Tensor& target,
+                                          const Tensor& stats, const std::optional<Tensor>& weight, int64_t ignore_index, double smoothing,
+                                          double ce, double ticks, double softcap, bool need_dz, bool need_dtarget) {
+  return backward_of_ticks("ticks_backward", grad, grad_lse, z, target, stats, weight, ignore_index, smoothing, ce, ticks, softcap, need_dz,
+                           need_dtarget, false);
+}
+
+Tensor ticks_backward_inplace(const Tensor& grad, const std::optional<Tensor>& grad_lse, const Tensor& z, const Tensor& target,
+                              const Tensor& stats, const std::optional<Tensor>& weight, int64_t ignore_index, double smoothing, double ce,
+                              double ticks, double softcap, bool need_dtarget) {
+  return std::get<1>(backward_of_ticks("ticks_backward_inplace", grad, grad_lse, z, target, stats, weight, ignore_index, smoothing, ce, ticks,
+                                       softcap, true, need_dtarget, true));
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fused_norm, CUDA, m) { m.impl("norm_forward", TORCH_BOX(&norm_forward)); }
+STABLE_TORCH_LIBRARY_IMPL(fused_norm, CUDA, m) {
+  m.impl("norm_forward", TORCH_BOX(&norm_forward));
+  m.impl("ticks_forward", TORCH_BOX(&ticks_forward));
+  m.impl("ticks_backward", TORCH_BOX(&ticks_backward));
+  m.impl("ticks_backward_inplace", TORCH_BOX(&ticks_backward_inplace));
+}
 
 // Importing the module is what registers the ops.
 static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};

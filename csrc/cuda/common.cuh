@@ -4,10 +4,11 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
-#include "norm_config.h"
+#include "layout.h"
 
 namespace fused_norm {
 
@@ -46,6 +47,23 @@ __device__ __forceinline__ __half from_acc<__half>(float v) {
 // and an aligned and a misaligned input would differ in the last bit.
 __device__ __forceinline__ float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 __device__ __forceinline__ double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+
+// a*b and a + b that no compiler may fuse with what surrounds them, for the same reason.
+__device__ __forceinline__ float times(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ double times(double a, double b) { return __dmul_rn(a, b); }
+__device__ __forceinline__ float plus(float a, float b) { return __fadd_rn(a, b); }
+__device__ __forceinline__ double plus(double a, double b) { return __dadd_rn(a, b); }
+
+// The accurate functions (to 2 units in the last place), by names that take either type.
+__device__ __forceinline__ float exponential(float v) { return expf(v); }
+__device__ __forceinline__ double exponential(double v) { return exp(v); }
+__device__ __forceinline__ float log_of_1_plus(float v) { return log1pf(v); }
+__device__ __forceinline__ double log_of_1_plus(double v) { return log1p(v); }
+__device__ __forceinline__ float hyperbolic_tangent(float v) { return tanhf(v); }
+__device__ __forceinline__ double hyperbolic_tangent(double v) { return tanh(v); }
+// The larger of two; of a number and NaN the number.
+__device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
+__device__ __forceinline__ double larger(double a, double b) { return fmax(a, b); }
 
 // 1/sqrt(v), for fp32 rounded once: half the error of a division by a square root, and all of the row shares it.
 __device__ __forceinline__ float reciprocal_sqrt(float v) { return __frsqrt_rn(v); }

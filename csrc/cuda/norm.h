@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-namespace fused_norm {
+#include "layout.h"
 
-enum class DType { kFloat64, kFloat32, kBFloat16, kFloat16 };
+namespace fused_norm {
 
 // y = normalise(x)*weight + bias for `rows` rows of `n` elements, both at least 1.
 struct NormForward {

@@ -4,11 +4,9 @@
 
 #include <cstdint>
 
-namespace fused_norm {
+#include "layout.h"
 
-// A row is cut into chunks of 16 bytes, the widest access a thread can make. Chunk c belongs to thread c % threads_per_row.
-constexpr int kChunkBytes = 16;
-constexpr int kWarp = 32;
+namespace fused_norm {
 
 // Chunks that a thread keeps in registers: 16 registers. Twice that spills within the 64 a thread that 1024 threads can have.
 constexpr int kResidentChunks = 4;
