@@ -68,20 +68,20 @@ class Kernel:
         return rms == "1", vector == "1", in_registers == "1"
 
 
-def compile_for(architecture: str) -> tuple[Path, str]:
-    """The cubin of norm_forward.cu and what ptxas said, kept in the build folder under a name made of what went in."""
+def compile_for(architecture: str, name: str = "norm_forward") -> tuple[Path, str]:
+    """The cubin of csrc/cuda/NAME.cu and what ptxas said, kept in the build folder by a name made of what went in."""
     home = cuda_home()
     command = [str(home / "bin" / "nvcc"), "-std=c++17", "-O3", f"-arch={architecture}", "-cubin", "-Xptxas", "-v"]
     version = subprocess.run([command[0], "--version"], check=True, capture_output=True).stdout
-    sources = sorted(p for p in KERNELS.iterdir() if p.suffix in (".h", ".cuh", ".cu"))
+    sources = sorted(p for p in KERNELS.iterdir() if p.suffix in (".h", ".cuh") or p.name == f"{name}.cu")
     digest = hashlib.sha256(repr(command).encode() + version)
     for path in sources:
         digest.update(path.read_bytes())
     BUILD.mkdir(parents=True, exist_ok=True)
-    cubin = BUILD / f"norm_forward-{digest.hexdigest()[:16]}.cubin"
+    cubin = BUILD / f"{name}-{digest.hexdigest()[:16]}.cubin"
     log = cubin.with_suffix(".log")
     if not log.exists():
-        source = str(KERNELS / "norm_forward.cu")
+        source = str(KERNELS / f"{name}.cu")
         done = subprocess.run([*command, source, "-o", str(cubin)], text=True, capture_output=True)
         assert done.returncode == 0, done.stderr
         log.write_text(done.stdout + done.stderr)

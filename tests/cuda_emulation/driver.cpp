@@ -5,16 +5,12 @@
 // A call runs under two schedules; the results must agree to the last bit.
 #include "driver.h"
 
-#include <sanitizer/asan_interface.h>
-#include <sys/mman.h>
-
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <map>
 #include <utility>
 #include <vector>
 
+#include "buffers.h"
 #include "emulation.h"
 
 namespace {
@@ -31,58 +27,8 @@ std::map<std::pair<int, int>, Run>& registry() {
   return runs;
 }
 
-void read_bytes(void* p, size_t bytes) {
-  if (fread(p, 1, bytes, stdin) != bytes) emulation::fail("the input ends early");
-}
-
-class Buffer {
- public:
-  Buffer(size_t bytes, size_t offset) : bytes_(bytes), offset_(offset) {
-    if (posix_memalign(&base_, 256, offset + bytes) != 0) emulation::fail("no memory for %zu bytes", bytes);
-    memset(base_, 0xff, offset + bytes);  // NaN in every type
-    ASAN_POISON_MEMORY_REGION(base_, offset);
-  }
-  Buffer(const Buffer&) = delete;
-  ~Buffer() {
-    ASAN_UNPOISON_MEMORY_REGION(base_, offset_);
-    for (size_t i = 0; i < offset_; ++i) {
-      if (static_cast<unsigned char*>(base_)[i] != 0xff) emulation::fail("a write before the start of a buffer");
-    }
-    free(base_);
-  }
-  void* data() const { return static_cast<char*>(base_) + offset_; }
-  size_t bytes() const { return bytes_; }
-  void read() { read_bytes(data(), bytes_); }
-  void write() const { fwrite(data(), 1, bytes_, stdout); }
-
- private:
-  void* base_ = nullptr;
-  size_t bytes_, offset_;
-};
-
-// x, whose rows may lie so far apart that only the pages in use should exist.
-class SparseBuffer {
- public:
-  SparseBuffer(size_t bytes) : bytes_(bytes) {
-    base_ = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (base_ == MAP_FAILED) emulation::fail("no address space for %zu bytes", bytes);
-  }
-  SparseBuffer(const SparseBuffer&) = delete;
-  ~SparseBuffer() { munmap(base_, bytes_); }
-  void* data() const { return base_; }
-
- private:
-  void* base_;
-  size_t bytes_;
-};
-
-size_t size_of(int64_t dtype) {
-  const auto d = static_cast<fused_norm::DType>(dtype);
-  return d == fused_norm::DType::kFloat64 ? 8 : d == fused_norm::DType::kFloat32 ? 4 : 2;
-}
-
 void serve(const Header& h) {
-  const size_t size = size_of(h.dtype), param_size = size_of(h.param_dtype), acc_size = size == 8 ? 8 : 4;
+  const size_t size = bytes_of(h.dtype), param_size = bytes_of(h.param_dtype), acc_size = size == 8 ? 8 : 4;
   const size_t params = static_cast<size_t>(h.params_grouped ? h.groups * h.n : h.n) * param_size;
   const size_t stats_rows = h.need_stats ? (h.rms ? 1 : 2) : 0;
   const size_t x_bytes = static_cast<size_t>((h.rows - 1) * h.x_row_stride + h.n) * size;

@@ -26,6 +26,11 @@ extern Dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 void __syncthreads();
 
+// The flags forbid the compiler to fuse anything.
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline double __dadd_rn(double a, double b) { return a + b; }
 inline float __frsqrt_rn(float v) { return static_cast<float>(1 / std::sqrt(static_cast<double>(v))); }
 
 namespace emulation {

@@ -1,4 +1,4 @@
-"""Builds the emulation of ``csrc/cuda/*.cuh`` and calls it: the Python side of driver.cpp.
+"""Builds the emulation of ``csrc/cuda/*.cuh`` and calls it: the Python side of driver.cpp and ticks_driver.cpp.
 
 The kernels are compiled by the C++ compiler with AddressSanitizer and UndefinedBehaviorSanitizer; no CUDA toolkit is
 needed.
@@ -7,6 +7,7 @@ needed.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
 import struct
@@ -141,51 +142,160 @@ def _compile(defines: list[str], source: Path, kernels: Path) -> Path:
     return target
 
 
+def _build(units: Sequence[tuple[list[str], Path, Path]]) -> Path:
+    """The executable linked from these units: defines, source, folder of the kernels."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = [str(o) for o in pool.map(lambda unit: _compile(*unit), units)]
+    executable = BUILD / f"emulation-{_digest(objects)}"
+    if not executable.exists():
+        unfinished = f"{executable}.{os.getpid()}"
+        subprocess.run([compiler(), *FLAGS, *objects, "-o", unfinished], check=True)
+        os.replace(unfinished, executable)
+    return executable
+
+
+def _communicate(executable: Path, message: bytes) -> bytes:
+    environment = os.environ | {
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    done = subprocess.run([str(executable)], input=message, capture_output=True, env=environment)
+    if done.returncode != 0:
+        raise EmulationError(f"exit status {done.returncode}\n{done.stderr.decode(errors='replace')}")
+    return done.stdout
+
+
+def _take(output: bytes, dtype: torch.dtype, *shape: int) -> tuple[Tensor, bytes]:
+    """A tensor from the front of ``output``, and the rest of it."""
+    size = dtype.itemsize * math.prod(shape)
+    if not size:  # frombuffer refuses nothing
+        return torch.empty(shape, dtype=dtype), output
+    return torch.frombuffer(bytearray(output[:size]), dtype=dtype).reshape(shape), output[size:]
+
+
 class Emulator:
     """An executable built from the kernels in the folder ``kernels`` for these types."""
 
     def __init__(self, types: Sequence[Types], kernels: Path = KERNELS) -> None:
-        BUILD.mkdir(parents=True, exist_ok=True)
-        # The fibers and the driver see norm.h alone of the kernels: a planted bug does not compile them again.
+        # The fibers and the driver see the headers without kernels alone: a planted bug does not compile them again.
         units = [([], HERE / "emulation.cpp", KERNELS), ([], HERE / "driver.cpp", KERNELS)]
         for x, param in types:
             defines = [f"-DEMULATE_T={NAMES[x]}", f"-DEMULATE_W={NAMES[param]}"]
             defines += [f"-DEMULATE_DTYPE={CODES[x]}", f"-DEMULATE_PARAM_DTYPE={CODES[param]}"]
             units.append((defines, HERE / "kernels.cpp", kernels))
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = [str(o) for o in pool.map(lambda unit: _compile(*unit), units)]
-        self.executable = BUILD / f"emulation-{_digest(objects)}"
-        if not self.executable.exists():
-            unfinished = f"{self.executable}.{os.getpid()}"
-            subprocess.run([compiler(), *FLAGS, *objects, "-o", unfinished], check=True)
-            os.replace(unfinished, self.executable)
+        self.executable = _build(units)
 
     def run(self, *calls: Call) -> list[Result]:
         """The results of the calls, made one after the other in one process."""
-        environment = os.environ | {
-            "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
-            "UBSAN_OPTIONS": "print_stacktrace=1",
-        }
-        done = subprocess.run(
-            [str(self.executable)], input=b"".join(c.encode() for c in calls), capture_output=True, env=environment
-        )
-        if done.returncode != 0:
-            raise EmulationError(f"exit status {done.returncode}\n{done.stderr.decode(errors='replace')}")
-        output, results = done.stdout, []
+        output, results = _communicate(self.executable, b"".join(c.encode() for c in calls)), []
         for call in calls:
             rows, n = call.x.shape
             chosen, output = struct.unpack("5q", output[:40]), output[40:]
             acc = torch.float64 if call.x.dtype == torch.float64 else torch.float32
-            stats_rows = 0 if not call.need_stats else 1 if call.rms else 2
-            parts = []
-            for dtype, shape in ((call.x.dtype, (rows, n)), (acc, (stats_rows, rows))):
-                size = dtype.itemsize * shape[0] * shape[1]
-                part = torch.empty(shape, dtype=dtype)
-                if size:  # frombuffer refuses nothing
-                    part = torch.frombuffer(bytearray(output[:size]), dtype=dtype).reshape(shape)
-                parts.append(part)
-                output = output[size:]
+            y, output = _take(output, call.x.dtype, rows, n)
+            stats, output = _take(output, acc, 0 if not call.need_stats else 1 if call.rms else 2, rows)
             threads, rows_per_block, vector, in_registers, shared_bytes = chosen
-            results.append(Result(*parts, threads, rows_per_block, bool(vector), bool(in_registers), shared_bytes))
+            results.append(Result(y, stats, threads, rows_per_block, bool(vector), bool(in_registers), shared_bytes))
+        assert not output
+        return results
+
+
+# ------------------------------------------------------------------------------------------------------ the ticks loss
+
+
+@dataclass
+class TicksCall:
+    """One call of ticks_forward, or with ``grad`` and ``stats`` one of ticks_backward, by the backends' contract.
+
+    ``z`` and a soft ``target`` are (rows, classes) and contiguous here; the kernel sees their rows ``z_row_stride`` and
+    ``target_row_stride`` elements apart (None: classes). ``grad`` and ``grad_lse`` may have any stride. ``offsets`` are
+    how many elements z, target, weight, dz and dtarget begin past a 256-byte boundary.
+    """
+
+    z: Tensor
+    target: Tensor
+    weight: Tensor | None = None
+    ignore_index: int = -100
+    smoothing: float = 0.0
+    ce: float = 1.0
+    ticks: float = 1.0
+    softcap: float = 0.0
+    grad: Tensor | None = None
+    grad_lse: Tensor | None = None
+    stats: Tensor | None = None
+    need_dz: bool = True
+    need_dtarget: bool = False
+    inplace: bool = False
+    z_row_stride: int | None = None
+    target_row_stride: int | None = None
+    offsets: tuple[int, int, int, int, int] = (0, 0, 0, 0, 0)
+
+    @property
+    def soft(self) -> bool:
+        return self.target.is_floating_point()
+
+    @property
+    def acc(self) -> torch.dtype:
+        return torch.float64 if self.z.dtype == torch.float64 else torch.float32
+
+    def encode(self) -> bytes:
+        rows, classes = self.z.shape
+        backward = self.grad is not None
+        grads = [
+            (0, b"") if g is None else (g.stride(0), _bytes(g if g.stride(0) else g[0].clone()))
+            for g in (self.grad, self.grad_lse)
+        ]
+        sizes = [t.dtype.itemsize for t in (self.z, self.target, self.z if self.weight is None else self.weight)]
+        header = struct.pack(
+            "20q4d",
+            *(backward, CODES[self.z.dtype], CODES.get(self.target.dtype, -1)),
+            *(-1 if self.weight is None else CODES[self.weight.dtype], rows, classes),
+            *(classes if stride is None else stride for stride in (self.z_row_stride, self.target_row_stride)),
+            *(self.ignore_index, self.grad_lse is not None, grads[0][0], grads[1][0]),
+            *(self.need_dz or self.inplace, self.need_dtarget, self.inplace),
+            *(o * s for o, s in zip(self.offsets, (*sizes, sizes[0], sizes[1]), strict=True)),
+            *(self.smoothing, self.ce, self.ticks, self.softcap),
+        )
+        operands = (self.z, self.target, self.weight, self.stats if backward else None)
+        return b"".join([header, *(_bytes(t) for t in operands if t is not None), *(data for _, data in grads)])
+
+
+@dataclass
+class TicksResult:
+    """``loss`` and ``stats`` of a forward call, ``dz`` and ``dtarget`` of a backward one; empty: not asked for."""
+
+    first: Tensor
+    second: Tensor
+    threads_per_row: int
+    rows_per_block: int
+    blocks: int
+    vector: bool  # 16-byte accesses
+
+
+class TicksEmulator:
+    """An executable built from the ticks kernels in the folder ``kernels`` for logits of these dtypes."""
+
+    def __init__(self, dtypes: Sequence[torch.dtype], kernels: Path = KERNELS) -> None:
+        units = [([], HERE / "emulation.cpp", KERNELS), ([], HERE / "ticks_driver.cpp", KERNELS)]
+        units += [
+            ([f"-DEMULATE_T={NAMES[d]}", f"-DEMULATE_DTYPE={CODES[d]}"], HERE / "ticks_kernels.cpp", kernels)
+            for d in dtypes
+        ]
+        self.executable = _build(units)
+
+    def run(self, *calls: TicksCall) -> list[TicksResult]:
+        """The results of the calls, made one after the other in one process."""
+        output, results = _communicate(self.executable, b"".join(c.encode() for c in calls)), []
+        for call in calls:
+            rows, classes = call.z.shape
+            (*chosen, vector), output = struct.unpack("4q", output[:32]), output[32:]
+            if call.grad is None:
+                first, output = _take(output, call.acc, rows)
+                second, output = _take(output, call.acc, 4 if call.soft or call.smoothing else 3, rows)
+            else:
+                first, output = _take(output, call.z.dtype, rows if call.need_dz or call.inplace else 0, classes)
+                second, output = _take(output, call.target.dtype, rows if call.need_dtarget else 0, classes)
+            results.append(TicksResult(first, second, *chosen, bool(vector)))
         assert not output
         return results
