@@ -8,15 +8,17 @@ __version__ = "0.1.0"
 
 from . import functional, ops, testing
 from .dispatch import available_backends, use_backend
-from .modules import LayerNorm, RMSNorm, TicksCrossEntropyLoss, TicksLoss
+from .modules import LayerNorm, LinearTicksCrossEntropyLoss, RMSNorm, TicksCrossEntropyLoss, TicksLoss, TrainerLoss
 from .patch import PatchReport, patch, unpatch
 
 __all__ = [
     "LayerNorm",
+    "LinearTicksCrossEntropyLoss",
     "PatchReport",
     "RMSNorm",
     "TicksCrossEntropyLoss",
     "TicksLoss",
+    "TrainerLoss",
     "available_backends",
     "functional",
     "ops",

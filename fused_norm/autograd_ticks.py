@@ -87,7 +87,7 @@ def ticks_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Run the backend's backward. ``inplace`` writes dz over z where that is rows of their own memory."""
     rows = as_rows(z, z.shape[1])
-    inplace = inplace and need_dz and (rows is not z or rows.stride(0) >= rows.shape[1] or rows.shape[0] == 1)
+    inplace = inplace and need_dz and (rows.stride(0) >= rows.shape[1] or rows.shape[0] == 1)
     grad, grad_lse = (None if g is None else g.resolve_neg() for g in (grad, grad_lse))
     if inplace:
         rows = rows.detach()

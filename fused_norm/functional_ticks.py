@@ -286,7 +286,8 @@ def _divisors(z: Tensor, target: Tensor, weight: Tensor | None, ignore_index: in
     """What the mean divides the sum of the losses by, and that of the z-losses, in the losses' dtype."""
     dtype = reference.accumulation_dtype(z)
     if target.is_floating_point():
-        rows = torch.full((), target.shape[0], dtype=dtype, device=z.device)
+        count = target.numel() // target.shape[1] if target.shape[1] else 0  # torch's count of rows without classes
+        rows = torch.full((), count, dtype=dtype, device=z.device)
         return rows, rows
     keep = target != ignore_index
     rows = keep.sum(dtype=dtype)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional as FF
@@ -27,44 +32,147 @@ class RMSNorm(nn.RMSNorm):
         return FF.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
 
-class TicksLoss(nn.Module):
+class TicksLoss(nn.CrossEntropyLoss):
     """The ticks loss ``p - log p`` alone: :func:`fused_norm.functional.ticks_loss` as a module.
 
-    Args:
-        weight: a weight per class, (V,), or None.
-        ignore_index, reduction: as :class:`torch.nn.CrossEntropyLoss`.
+    Its constructor, buffers and state_dict are those of :class:`torch.nn.CrossEntropyLoss`.
     """
 
-    def __init__(self, weight: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean") -> None:
-        super().__init__()
-        self.register_buffer("weight", weight)
-        self.ignore_index = ignore_index
-        self.reduction = reduction
-
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return FF.ticks_loss(input, target, self.weight, self.ignore_index, self.reduction)
+        return FF.ticks_loss(
+            input, target, self.weight, self.ignore_index, self.reduction, label_smoothing=self.label_smoothing
+        )
 
 
-class TicksCrossEntropyLoss(TicksLoss):
-    """Cross entropy plus ``ticks_weight`` times ticks: :func:`fused_norm.functional.ticks_cross_entropy` as a module.
+class TicksCrossEntropyLoss(nn.CrossEntropyLoss):
+    """:class:`torch.nn.CrossEntropyLoss` regularised by ticks: :func:`fused_norm.functional.ticks_cross_entropy`.
 
     Args:
-        weight, ignore_index, reduction: as :class:`torch.nn.CrossEntropyLoss`.
-        ticks_weight: the coefficient of ticks.
+        weight, size_average, ignore_index, reduce, reduction, label_smoothing: as torch's, in its order.
+        ticks_weight, z_loss_weight, softcap, inplace_backward: the function's.
     """
 
     def __init__(
         self,
         weight: Tensor | None = None,
+        size_average: bool | None = None,
         ignore_index: int = -100,
+        reduce: bool | None = None,
         reduction: str = "mean",
+        label_smoothing: float = 0.0,
         *,
         ticks_weight: float = 1e-3,
+        z_loss_weight: float = 0.0,
+        softcap: float | None = None,
+        inplace_backward: bool = False,
     ) -> None:
-        super().__init__(weight, ignore_index, reduction)
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.ticks_weight = ticks_weight
+        self.z_loss_weight = z_loss_weight
+        self.softcap = softcap
+        self.inplace_backward = inplace_backward
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return FF.ticks_cross_entropy(
-            input, target, self.weight, self.ignore_index, self.reduction, ticks_weight=self.ticks_weight
+            *(input, target, self.weight, self.ignore_index, self.reduction, self.label_smoothing),
+            ticks_weight=self.ticks_weight,
+            z_loss_weight=self.z_loss_weight,
+            softcap=self.softcap,
+            inplace_backward=self.inplace_backward,
         )
+
+    def extra_repr(self) -> str:
+        return f"ticks_weight={self.ticks_weight}"
+
+
+class LinearTicksCrossEntropyLoss(nn.Module):
+    """A classifier and its loss in one, without the logits in memory, as ``torch.nn.LinearCrossEntropyLoss`` (2.13):
+    :func:`fused_norm.functional.linear_ticks_cross_entropy` of ``self.linear``, an :class:`torch.nn.Linear`.
+
+    ``loss.linear(hidden)`` gives the logits where they are wanted; ``loss.linear.weight = embedding.weight`` ties it.
+
+    Args:
+        in_features: the size of a hidden state, H.
+        num_classes: V.
+        bias: whether the classifier has a bias. Without, as torch's.
+        device, dtype: of the classifier's parameters.
+        weight, ignore_index, reduction, label_smoothing, ticks_weight, z_loss_weight, softcap, chunk_bytes,
+            accumulate_fp32: the function's.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        ticks_weight: float = 1e-3,
+        z_loss_weight: float = 0.0,
+        softcap: float | None = None,
+        chunk_bytes: int | None = None,
+        accumulate_fp32: bool = False,
+    ) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
+        self.register_buffer("weight", weight)
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
+        self.ticks_weight = ticks_weight
+        self.z_loss_weight = z_loss_weight
+        self.softcap = softcap
+        self.chunk_bytes = chunk_bytes
+        self.accumulate_fp32 = accumulate_fp32
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of hidden states (*, H) and class indices (*) or probabilities (*, V)."""
+        return FF.linear_ticks_cross_entropy(
+            *(input, self.linear.weight, target, self.linear.bias),
+            *(self.weight, self.ignore_index, self.reduction, self.label_smoothing),
+            ticks_weight=self.ticks_weight,
+            z_loss_weight=self.z_loss_weight,
+            softcap=self.softcap,
+            chunk_bytes=self.chunk_bytes,
+            accumulate_fp32=self.accumulate_fp32,
+        )
+
+    def extra_repr(self) -> str:
+        return f"ticks_weight={self.ticks_weight}"
+
+
+class TrainerLoss:
+    """``transformers.Trainer(compute_loss_func=TrainerLoss())``: ``ticks_cross_entropy`` of logits and labels.
+
+    Args:
+        causal: whether a token's logits predict the next label, as in a causal language model, where labels are not
+            shifted beforehand. The logits are not copied for it.
+        options: ticks_weight, weight, ignore_index, label_smoothing, z_loss_weight, softcap, inplace_backward of
+            :func:`fused_norm.functional.ticks_cross_entropy`.
+    """
+
+    def __init__(self, causal: bool = False, **options: Any) -> None:
+        self.causal = causal
+        self.options = {"ignore_index": -100, **options}
+
+    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """The mean loss over labels that are not ``ignore_index``; with ``num_items_in_batch``, the number of those in
+        all batches that share one optimizer step, the sum divided by it.
+
+        ``outputs`` holds ``logits``, (*, V), by name (or is a tuple that starts with them); ``labels`` is (*).
+        """
+        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        if self.causal:
+            labels = F.pad(labels, (0, 1), value=self.options["ignore_index"])[..., 1:]
+        logits, labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).to(logits.device)
+        if num_items_in_batch is None:
+            return FF.ticks_cross_entropy(logits, labels, **self.options)
+        loss = FF.ticks_cross_entropy(logits, labels, reduction="sum", **self.options)
+        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.to(loss.device)
+        return loss / num_items_in_batch

@@ -344,22 +344,68 @@ def _norm_check_limit(name: str) -> Callable[[Tensor, torch.dtype, float], float
     return lambda truth, dtype, torch_error: SEED_FACTOR.get(dtype, 1.0) * rule(truth, dtype, torch_error)
 
 
-def _ticks_samples(mode: str, slow: bool, draw: Draw) -> Iterator[Sample]:
+#: Every option at once, of the functions that have them; ticks_loss has the first two alone.
+_TICKS_OPTIONS = {"label_smoothing": 0.1, "weight": True, "z_loss_weight": 0.3, "softcap": 4.0}
+
+
+def _ticks_samples(named: tuple[str, ...], linear: bool, mode: str, slow: bool, draw: Draw) -> Iterator[Sample]:
     # The derivative of a mean over rows is a sum that may cancel, of whose digits few would be left to compare.
     reductions = ("none",) if mode == "jvp" else ("mean", "none")
-    for reduction, shape in zip(reductions, ((6, 7), (2, 5, 3)), strict=False):
-        target = draw.targets(shape[0], *shape[2:], classes=shape[1], ignored=-100)
-        label = f"{'x'.join(map(str, shape))}, {reduction}"
-        yield Sample(label, {"z": draw(*shape)}, {"target": target, "reduction": reduction})
+    shapes = ((6, 7), (2, 5, 3))
+    for kind, reduction, shape in itertools.product(("plain", "options", "soft"), reductions, shapes[: 2 - linear]):
+        if (kind == "plain" and (reduction == "mean") != (shape is shapes[0]) and not linear) or (
+            kind != "plain" and (shape is not shapes[0] or reduction == reductions[0] or (slow and kind == "soft"))
+        ):
+            continue  # each kind, shape and reduction once
+        fixed: dict[str, Any] = {"reduction": reduction}
+        z = draw(*shape)
+        if linear:
+            inputs = {"x": draw(6, 4), "w": draw(7, 4), "b": draw(7)}
+            fixed["chunk_bytes"] = 4 * 7 * z.element_size()  # chunks of four rows at most
+        else:
+            inputs = {"z": z}
+        if kind == "soft":
+            inputs["a"] = torch.softmax(draw(*shape).double(), 1).to(z.dtype)
+        else:
+            fixed["target"] = draw.targets(shape[0], *shape[2:], classes=shape[1], ignored=-100)
+        if kind != "plain":
+            fixed |= {name: _TICKS_OPTIONS[name] for name in named}
+            fixed["weight"] = draw(shape[1]).abs() + z.new_tensor(0.5)
+        yield Sample(f"{'x'.join(map(str, shape))}, {kind}, {reduction}", inputs, fixed)
 
 
-def _ticks_formula(coefficients: tuple[float, float], sample: Sample, z: Tensor) -> Tensor:
+def _ticks_call(name: str, namespace: ModuleType, sample: Sample, **inputs: Tensor) -> Tensor:
+    """``a`` is a soft target, ``x``, ``w`` and ``b`` hidden states and classifier."""
+    fixed = dict(sample.fixed)
+    target = inputs.pop("a") if "a" in inputs else fixed.pop("target")
+    first, *rest = inputs.values()
+    if not rest:
+        return getattr(namespace, name)(first, target, **fixed)
+    return getattr(namespace, name)(first, rest[0], target, rest[1], **fixed)
+
+
+def _ticks_formula(coefficients: tuple[float, float], sample: Sample, z: Tensor | None = None, **inputs: Tensor):
+    """By definition: log_softmax, a mass for each class, a sum."""
     ce, ticks = coefficients
-    target = sample.fixed["target"]
-    keep = target != -100
-    log_p = F.log_softmax(z, 1).gather(1, torch.where(keep, target, 0).unsqueeze(1)).squeeze(1)
-    loss = (ticks * (log_p.exp() - log_p) - ce * log_p) * keep
-    return loss.sum() / keep.sum() if sample.fixed["reduction"] == "mean" else loss
+    fixed = sample.fixed
+    z = F.linear(*(inputs[name] for name in "xwb")) if z is None else z
+    softcap, smoothing, weight = (fixed.get(name) for name in ("softcap", "label_smoothing", "weight"))
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    classes, shape = z.shape[1], (1, -1, *(1,) * (z.dim() - 2))
+    if "a" in inputs:
+        mass, keep = inputs["a"], torch.ones(z.shape[0], *z.shape[2:], dtype=torch.bool, device=z.device)
+        divisor = keep.sum()
+    else:
+        keep = fixed["target"] != -100
+        target = torch.where(keep, fixed["target"], 0)
+        mass = F.one_hot(target, classes).movedim(-1, 1).to(z.dtype)
+        divisor = (keep if weight is None else keep * weight.to(z.dtype)[target]).sum()
+    mass = mass if smoothing is None else (1 - smoothing) * mass + smoothing / classes
+    mass = mass if weight is None else mass * weight.to(z.dtype).view(shape)
+    log_p = F.log_softmax(z, 1)
+    loss = (mass * (ticks * (log_p.exp() - log_p) - ce * log_p)).sum(1) * keep
+    z_loss = fixed.get("z_loss_weight", 0.0) * torch.logsumexp(z, 1).square() * keep
+    return loss.sum() / divisor + z_loss.sum() / keep.sum() if fixed["reduction"] == "mean" else loss + z_loss
 
 
 def _ticks_limit(name: str) -> Callable[[Tensor, torch.dtype, float], float]:
@@ -394,12 +440,15 @@ def _norm(name: str, rms: bool, **options: Any) -> Operation:
     )
 
 
-def _ticks(name: str, coefficients: tuple[float, float], **options: Any) -> Operation:
+def _ticks(name: str, coefficients: tuple[float, float], linear: bool = False, **options: Any) -> Operation:
+    named = ("label_smoothing", "weight") if name.endswith("ticks_loss") else tuple(_TICKS_OPTIONS)
     return Operation(
         name,
         "ticks",
-        samples=_ticks_samples,
-        call=lambda namespace, sample, z: getattr(namespace, name)(z, **sample.fixed, **options),
+        samples=partial(_ticks_samples, named, linear),
+        call=lambda namespace, sample, **inputs: _ticks_call(
+            name, namespace, replace(sample, fixed=sample.fixed | options), **inputs
+        ),
         formula=partial(_ticks_formula, coefficients),
         limit=_ticks_limit,
         outputs=("loss",),
@@ -414,6 +463,8 @@ OPERATIONS: dict[str, Operation] = {
         _norm("rms_norm", rms=True),
         _ticks("ticks_cross_entropy", (1.0, 0.5), ticks_weight=0.5),
         _ticks("ticks_loss", (0.0, 1.0)),
+        _ticks("linear_ticks_cross_entropy", (1.0, 0.5), linear=True, ticks_weight=0.5),
+        _ticks("linear_ticks_loss", (0.0, 1.0), linear=True),
     )
 }
 

@@ -1,4 +1,4 @@
-"""torch's own samples and error inputs of layer_norm and rms_norm, and a table of bad inputs, each held to torch."""
+"""torch's own samples and error inputs of layer_norm, rms_norm and cross_entropy, and a table of bad inputs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,18 @@ import fused_norm.functional as FF
 pytest.importorskip("expecttest", reason="torch.testing._internal needs expecttest")
 from torch.testing._internal.common_methods_invocations import op_db
 
+#: Ours, by the name of torch's function that it must be.
+FUNCTIONS = {
+    "layer_norm": FF.layer_norm,
+    "rms_norm": FF.rms_norm,
+    "cross_entropy": partial(FF.ticks_cross_entropy, ticks_weight=0.0),
+}
+operations = pytest.mark.parametrize("op", FUNCTIONS)
+
 OP_INFOS = {
-    info.name.removeprefix("nn.functional."): info for info in op_db if info.name in {f"nn.functional.{o}" for o in OPS}
+    info.name.removeprefix("nn.functional."): info
+    for info in op_db
+    if info.name in {f"nn.functional.{o}" for o in FUNCTIONS}
 }
 
 # How far two right answers may lie apart, beside what torch's own lies from the fp64 truth: its dx of a row of one
@@ -34,8 +45,8 @@ TOLERANCE = {
 }
 
 
-def test_both_operations_have_samples() -> None:
-    assert sorted(OP_INFOS) == sorted(OPS)
+def test_all_operations_have_samples() -> None:
+    assert sorted(OP_INFOS) == sorted(FUNCTIONS)
 
 
 def _tensors(sample) -> list[torch.Tensor]:
@@ -43,8 +54,8 @@ def _tensors(sample) -> list[torch.Tensor]:
 
 
 def _double(value):
-    is_tensor = isinstance(value, torch.Tensor)
-    return value.detach().double().requires_grad_(value.requires_grad) if is_tensor else value
+    floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.detach().double().requires_grad_(value.requires_grad) if floating else value
 
 
 def _output_and_gradients(function: Callable, sample, upstream_seed: int, dtype: torch.dtype):
@@ -57,7 +68,7 @@ def _output_and_gradients(function: Callable, sample, upstream_seed: int, dtype:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-@pytest.mark.parametrize("op", OPS)
+@operations
 def test_samples(op: str, dtype: torch.dtype, place) -> None:
     info = OP_INFOS[op]
     samples = list(info.sample_inputs(place.device, dtype, requires_grad=True))
@@ -65,7 +76,7 @@ def test_samples(op: str, dtype: torch.dtype, place) -> None:
     assert len(samples) >= 6
     for i, sample in enumerate(samples):
         theirs, their_grads = _output_and_gradients(getattr(F, op), sample, i, dtype)
-        ours, our_grads = _output_and_gradients(getattr(FF, op), sample, i, dtype)
+        ours, our_grads = _output_and_gradients(FUNCTIONS[op], sample, i, dtype)
         truth, true_grads = _output_and_gradients(getattr(F, op), sample.transform(_double), i, dtype)
         for a, b, t in zip((ours, *our_grads), (theirs, *their_grads), (truth, *true_grads), strict=True):
             assert (a is None) == (b is None)
@@ -75,7 +86,7 @@ def test_samples(op: str, dtype: torch.dtype, place) -> None:
                 assert ((a.double() - b.double()).abs() <= allowed)[~b.isnan()].all(), f"sample {i}: {a} instead of {b}"
 
 
-@pytest.mark.parametrize("op", OPS)
+@operations
 def test_derivatives_of_samples(op: str, place) -> None:
     """Finite differences, first and second order, reverse and forward mode and mixed, each batched too."""
     samples = list(OP_INFOS[op].sample_inputs(place.device, torch.float64, requires_grad=True))
@@ -89,7 +100,7 @@ def test_derivatives_of_samples(op: str, place) -> None:
             def put(value):
                 return next(given) if isinstance(value, torch.Tensor) else value
 
-            return getattr(FF, op)(
+            return FUNCTIONS[op](
                 put(sample.input), *map(put, sample.args), **{k: put(v) for k, v in sample.kwargs.items()}
             )
 
@@ -98,7 +109,7 @@ def test_derivatives_of_samples(op: str, place) -> None:
         torch.autograd.gradgradcheck(function, leaves, check_fwd_over_rev=True, **batched)
 
 
-@pytest.mark.parametrize("op", OPS)
+@operations
 def test_error_inputs(op: str, place) -> None:
     info = OP_INFOS[op]
     if info.error_inputs_func is None:
@@ -108,7 +119,7 @@ def test_error_inputs(op: str, place) -> None:
     for error in errors:
         sample = error.sample_input
         with pytest.raises(error.error_type) as caught:
-            getattr(FF, op)(sample.input, *sample.args, **sample.kwargs)
+            FUNCTIONS[op](sample.input, *sample.args, **sample.kwargs)
         assert type(caught.value) is error.error_type
 
 
