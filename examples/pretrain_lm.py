@@ -67,7 +67,7 @@ class Config:
     loss: str = "ticks_cross_entropy"  # one of LOSSES
     ticks_weight: float = 0.001  # for ticks_cross_entropy: the loss is cross entropy + this * ticks
     seed: int = 0  # of the first weights, the order of the windows, and the sample
-    steps: int = 400
+    steps: int = 600
     batch_size: int = 16  # windows a step
     context: int = 128  # tokens a window
     vocabulary: int = 8192

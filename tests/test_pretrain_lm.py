@@ -352,9 +352,11 @@ def test_the_split_is_by_file_and_always_the_same(script, small, tmp_path):
 
 
 def test_the_standard_library_is_text_enough(script):
-    corpus = script.load_corpus(None, 8192)
-    assert corpus.files > 300 and len(corpus.tokenizer) == 8192
-    assert len(corpus.train) > 400 * 16 * 128, "the default run would see the text more than once"
+    config = script.Config()
+    corpus = script.load_corpus(config.text, config.vocabulary)
+    assert corpus.files > 300 and len(corpus.tokenizer) == config.vocabulary
+    tokens = config.steps * config.batch_size * config.context
+    assert len(corpus.train) > tokens, "the default run would see the text more than once"
     assert corpus.bytes > 3 * sum(map(len, (corpus.train, corpus.dev, corpus.test)))
 
 
