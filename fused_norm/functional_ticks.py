@@ -315,7 +315,15 @@ def _public(
     """Both losses from logits: ``keywords`` are those that the user's function ``public`` has and the other has not."""
     z_loss, softcap = keywords.get("z_loss_weight", 0.0), keywords.get("softcap")
     _check_options(ignore_index, reduction, label_smoothing, ticks, z_loss, softcap)
-    numbers = (int(ignore_index), reduction, float(label_smoothing), ce, float(ticks), float(z_loss), softcap or 0.0)
+    numbers = (
+        int(ignore_index),
+        reduction,
+        float(label_smoothing),
+        ce,
+        float(ticks),
+        float(z_loss),
+        float(softcap or 0.0),
+    )
     if is_compiling() and not is_exporting() and not transforms_active():
         return _ticks_op(z, target, weight, *numbers, dispatch.compile_plan("ticks", z.device.type))
     by_formulas = is_compiling() or is_tracing()
@@ -431,7 +439,15 @@ def _public_linear(
     _check_options(ignore_index, reduction, label_smoothing, ticks, z_loss, softcap)
     if chunk_bytes is not None and (type(chunk_bytes) is not int or chunk_bytes < 1):
         raise ValueError(f"chunk_bytes must be a positive int, or None, but is {chunk_bytes!r}")
-    numbers = (int(ignore_index), reduction, float(label_smoothing), ce, float(ticks), float(z_loss), softcap or 0.0)
+    numbers = (
+        int(ignore_index),
+        reduction,
+        float(label_smoothing),
+        ce,
+        float(ticks),
+        float(z_loss),
+        float(softcap or 0.0),
+    )
     numbers = (*numbers, chunk_bytes, bool(accumulate_fp32))
     if is_compiling() and not is_exporting() and not transforms_active():
         return _linear_ticks_op(x, w, target, bias, weight, *numbers, dispatch.compile_plan("ticks", x.device.type))

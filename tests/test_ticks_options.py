@@ -504,3 +504,120 @@ def test_operators_pass_opcheck(place) -> None:
             kind == "soft",
         )
         torch.library.opcheck(ops.backward, args)
+
+
+def test_export_holds_torchs_operators_alone() -> None:
+    class Loss(nn.Module):
+        def forward(self, z: Tensor, target: Tensor) -> Tensor:
+            return FF.ticks_cross_entropy(z, target, label_smoothing=0.1, z_loss_weight=0.1)
+
+    z, target = draw("hard", 6, 9, torch.float32)
+    program = torch.export.export(Loss(), (z, target))
+    assert "fused_norm" not in str(program.graph)
+    torch.testing.assert_close(program.module()(z, target), Loss()(z, target))
+
+
+@pytest.mark.parametrize("device", ["meta", "fake"])
+def test_tensors_without_data(device: str) -> None:
+    z, target = draw("hard", 6, 9, torch.bfloat16)
+    if device == "meta":
+        ours = z.to("meta").requires_grad_()
+        loss = FF.ticks_cross_entropy(ours, target.to("meta"))
+    else:
+        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=False) as mode:
+            ours = mode.from_tensor(z).requires_grad_()
+            loss = FF.ticks_cross_entropy(ours, mode.from_tensor(target))
+    assert loss.shape == () and loss.dtype == torch.bfloat16
+    (grad,) = torch.autograd.grad(loss, ours)
+    assert grad.shape == z.shape and grad.dtype == z.dtype
+
+
+def test_tensor_subclasses_keep_their_own_ways() -> None:
+    class Logged(Tensor):
+        calls: list = []  # noqa: RUF012
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            cls.calls.append(function)
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    z, target = draw("hard", 6, 9)
+    loss = FF.ticks_cross_entropy(z.as_subclass(Logged), target, ticks_weight=0.5)
+    assert Logged.calls[0] is FF.ticks_cross_entropy
+    torch.testing.assert_close(loss.as_subclass(Tensor), truth(z, target, ticks=0.5))
+
+
+# ----------------------------------------------------------------------------------------------------------------- GPU
+
+
+def _gpu_step(kind: str, linear: bool):
+    z, target = (t.cuda() for t in draw(kind, 64, 1000, torch.float32))
+    weight = torch.rand(1000, device="cuda")
+    w = torch.randn(1000, 32, device="cuda", requires_grad=True)
+    x = torch.randn(64, 32, device="cuda", requires_grad=True)
+    z.requires_grad_()
+    options = {"label_smoothing": 0.1, "z_loss_weight": 0.1, "softcap": 9.0}
+
+    def step() -> tuple[Tensor, ...]:
+        if linear:
+            loss = FF.linear_ticks_cross_entropy(x, w, target, None, weight, chunk_bytes=1000 * 4 * 20, **options)
+            return loss, *torch.autograd.grad(loss, (x, w))
+        loss = FF.ticks_cross_entropy(z, target, weight, **options)
+        return loss, *torch.autograd.grad(loss, z)
+
+    return step
+
+
+@pytest.mark.gpu
+@kinds
+@pytest.mark.parametrize("linear", [False, True])
+def test_no_synchronisation(kind: str, linear: bool) -> None:
+    step = _gpu_step(kind, linear)
+    expected = step()  # compiles the kernels
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for a, b in zip(results, expected, strict=True):
+        assert_same_bits(a, b)
+
+
+@pytest.mark.gpu
+@kinds
+@pytest.mark.parametrize("linear", [False, True])
+def test_cuda_graph(kind: str, linear: bool) -> None:
+    step = _gpu_step(kind, linear)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            expected = step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    for r in results:
+        r.detach().zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    for a, b in zip(results, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_more_than_2_to_the_31_logits() -> None:
+    rows, classes = 8200, 262144
+    if torch.cuda.mem_get_info()[0] < 3 * rows * classes * 2:
+        pytest.skip("not enough memory on this GPU")
+    z = torch.zeros(rows, classes, dtype=torch.bfloat16, device="cuda")
+    z[-1] = torch.randn(classes, device="cuda").bfloat16()
+    target = torch.arange(rows, device="cuda")
+    z.requires_grad_()
+    loss = FF.ticks_cross_entropy(z, target, reduction="none", inplace_backward=False)
+    (grad,) = torch.autograd.grad(loss, z, torch.ones_like(loss))
+    last = z.detach()[-1:].double().requires_grad_()
+    expected = truth(last, target[-1:], reduction="none")
+    torch.testing.assert_close(loss[-1:].double(), expected, rtol=1e-2, atol=0.0)
+    assert relative_error(grad[-1:], torch.autograd.grad(expected.sum(), last)[0]) < 1e-2
