@@ -194,6 +194,11 @@ def _terms(p: Tensor, q: Tensor, nll: Tensor, ce: float, ticks: float) -> Tensor
     return terms + ticks * _ticks_of(p, q, nll) if ticks else terms
 
 
+def _weighed(a: Tensor, terms: Tensor) -> Tensor:
+    """a*terms, where a mass of 0 makes nothing of an infinite term; with the derivative ``terms`` in a all the same."""
+    return a * torch.where((a == 0) & terms.isinf(), 0, terms)
+
+
 def ticks_forward(
     z: Tensor,
     target: Tensor,
@@ -217,13 +222,14 @@ def ticks_forward(
     others = exps.sum(1, keepdim=True) + (largest - largest)
     if is_plain(target, smoothing):
         p, q, nll = _prediction(gap.gather(1, target.unsqueeze(1)), others)
-        loss = _row_weight(target, weight, zf) * _terms(p, q, nll, ce, ticks)
+        terms = _terms(p, q, nll, ce, ticks)
+        loss = terms if weight is None else _weighed(_row_weight(target, weight, zf), terms)
         rows = [largest, others, q]
     else:
         a = _masses(target, weight, smoothing, zf)
         p, q, nll = _prediction(gap, others)
         terms = _terms(p, q, nll, ce, ticks)
-        loss = (a * torch.where((a == 0) & terms.isinf(), 0, terms)).sum(1, keepdim=True)
+        loss = _weighed(a, terms).sum(1, keepdim=True)
         rows = [largest, others, a.sum(1, keepdim=True), (a * q).sum(1, keepdim=True)]
     if not soft:
         loss, *rows = (torch.where(keep, r, 0) for r in (loss, *rows))

@@ -167,6 +167,17 @@ def test_masked_classes_without_mass_cost_nothing(place) -> None:
     assert grad.isfinite().all() and (grad[:, 3] == 0).all()
 
 
+def test_a_masked_target_of_weight_0_costs_nothing(place) -> None:
+    z, target = torch.randn(3, 5, device=place.device), torch.tensor([0, 2, 4], device=place.device)
+    z[1, 2] = float("-inf")
+    weight = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0], device=place.device)
+    ours = leaf(z)
+    loss = FF.ticks_cross_entropy(ours, target, weight, reduction="none")
+    assert loss[1] == 0 and loss.isfinite().all()
+    (grad,) = torch.autograd.grad(loss.sum(), ours)
+    assert (grad[1] == 0).all() and grad.isfinite().all()
+
+
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")], ids=str)
 def test_ignored_rows_with_every_option(place, poison: float, label_smoothing: float) -> None:
