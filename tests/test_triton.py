@@ -1,8 +1,6 @@
-"""The Triton backend: its results against the fp64 truth, its traffic, and what its kernels compile to.
+"""The Triton backend's norms: their results against the fp64 truth, their traffic, and what their kernels compile to.
 
-The kernels run on the GPU where there is one, else on the CPU in Triton's interpreter. That is chosen by
-TRITON_INTERPRET=1 before triton is first imported, which is too late here (torch.compile's tests may have imported it):
-tests marked ``@runs_kernels`` then run in one child process, and each of them reports here what became of it there.
+Tests marked ``@runs_kernels`` run on the GPU where there is one, else in Triton's interpreter (triton_kernels.py).
 """
 
 from __future__ import annotations
@@ -13,8 +11,7 @@ import os
 import re
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +21,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
+
+from triton_kernels import (  # noqa: E402
+    DEVICE,
+    ELEMENT,
+    INTERPRETED,
+    TARGETS,
+    Traffic,
+    assert_64_bit_offsets,
+    assert_no_spills,
+    interpreter_as_hardware,  # noqa: F401
+    laid_out,
+    needs_compiler,
+    reductions,
+    remember_places,  # noqa: F401
+    remember_selected,  # noqa: F401
+    runs_kernels,
+    widest_access,
+)
 
 import fused_norm.functional as FF  # noqa: E402
 from fused_norm import reference, use_backend  # noqa: E402
@@ -37,100 +52,6 @@ from fused_norm.testing import (  # noqa: E402
     param_error_limit,
     relative_error,
 )
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else next((d for d in ("cuda", "xpu") if getattr(torch, d).is_available()), "cpu")
-RUNS_HERE = backend.unavailable(DEVICE) is None
-
-# -------------------------------------------------------------------------------------- the interpreter's child process
-
-_selected: list[str] = []
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _remember_selected(request: pytest.FixtureRequest) -> None:
-    _selected[:] = [item.nodeid for item in request.session.items if item.path == Path(__file__)]
-
-
-@functools.cache
-def _outcomes_in_interpreter(tmp_path: Path, root: Path) -> dict[str, ElementTree.Element]:
-    """Runs the selected tests of this file under the interpreter; the JUnit record of each, by its name."""
-    report = tmp_path / "interpreter.xml"
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *_selected]
-    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    if not report.exists():
-        pytest.fail(f"the interpreter's tests did not run:\n{run.stdout[-4000:]}{run.stderr[-4000:]}")
-    return {case.attrib["name"]: case for case in ElementTree.parse(report).iter("testcase")}
-
-
-def runs_kernels(test: Callable) -> Callable:
-    """Run the test in the interpreter's process where the kernels cannot run in this one."""
-    if RUNS_HERE:
-        return test
-
-    # The marks and the parameters stay, the body goes.
-    @functools.wraps(test)
-    def outcome(*args, **kwargs) -> None:
-        name = os.environ["PYTEST_CURRENT_TEST"].partition("::")[2].rpartition(" (")[0]
-        case = _outcomes_in_interpreter(*_places)[name]
-        for child in case:
-            if child.tag == "skipped":
-                pytest.skip(child.attrib.get("message", ""))
-            if child.tag in ("failure", "error"):
-                pytest.fail(f"in the interpreter's process:\n{child.text}", pytrace=False)
-
-    return outcome
-
-
-_places: list[Path] = []
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _remember_places(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> None:
-    _places[:] = [tmp_path_factory.mktemp("interpreter"), pytestconfig.rootpath]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _interpreter_as_hardware() -> Iterator[None]:
-    """The interpreter truncates fp32 to bf16 where hardware rounds to nearest: give it the hardware's conversion.
-
-    Also let a helper's call not patch the language once more, which took half the time of these tests, and let the
-    interpreter of triton 3.6 loop over a range of tensors under NumPy 2.4.
-    """
-    if not (INTERPRETED and RUNS_HERE):
-        yield
-        return
-    import numpy
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    cast_impl = interpreter.InterpreterBuilder.cast_impl
-    patch_builtin, patch_tensor = interpreter._patch_builtin, interpreter._patch_lang_tensor
-    a_builtin: dict[object, str] = {}
-
-    def rounding_cast(self, src, dst_type):
-        if src.dtype.scalar != tl.float32 or dst_type.scalar != tl.bfloat16:
-            return cast_impl(self, src, dst_type)
-        rounded = torch.from_numpy(numpy.ascontiguousarray(src.data)).bfloat16().view(torch.int16).numpy()
-        return interpreter.TensorHandle(rounded.view(numpy.uint16).reshape(src.data.shape), dst_type.scalar)
-
-    def patch_once(namespace, *args):
-        if namespace not in a_builtin:
-            a_builtin[namespace] = next(k for k, v in vars(namespace).items() if tl.core.is_builtin(v))
-        if tl.core.is_builtin(getattr(namespace, a_builtin[namespace])):  # not patched yet
-            patch_builtin(namespace, *args)
-
-    def patch_tensor_with_index(tensor, scope):
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter.InterpreterBuilder, "cast_impl", rounding_cast)
-        patch.setattr(interpreter, "_patch_builtin", patch_once)
-        patch.setattr(interpreter, "_patch_lang_tensor", patch_tensor_with_index)
-        yield
-
 
 # ------------------------------------------------------------------------------------------------ cases and their truth
 
@@ -168,20 +89,6 @@ class Inputs:
     dy: Tensor
 
 
-def _laid_out(t: Tensor, layout: str, padding: int) -> Tensor:
-    """The same numbers on the device with another row stride or another alignment."""
-    rows, n = t.shape
-    if layout == "strided":
-        wide = torch.full((rows, n + padding), float("nan"), dtype=t.dtype, device=DEVICE)
-        wide[:, :n] = t
-        return wide[:, :n]
-    if layout == "misaligned":
-        flat = torch.full((rows * n + 1,), float("nan"), dtype=t.dtype, device=DEVICE)
-        flat[1:] = t.reshape(-1)
-        return flat[1:].view(rows, n)
-    return t.to(DEVICE)
-
-
 def draw(case: Case) -> Inputs:
     def randn(*shape: int, dtype: torch.dtype, scale: float = 1.0, shift: float = 0.0) -> Tensor:
         return (torch.randn(*shape, dtype=FP64) * scale + shift).to(dtype)
@@ -189,10 +96,10 @@ def draw(case: Case) -> Inputs:
     p = case.param_dtype or case.dtype
     n = case.n * (case.groups if case.per_group else 1)
     return Inputs(
-        x=_laid_out(randn(case.rows, case.n, dtype=case.dtype, shift=0.5), case.layout, 5),
+        x=laid_out(randn(case.rows, case.n, dtype=case.dtype, shift=0.5), case.layout, 5),
         weight=randn(n, dtype=p, scale=0.3, shift=1.0).to(DEVICE) if "weight" in case.affine else None,
         bias=randn(n, dtype=p, scale=0.3).to(DEVICE) if "bias" in case.affine and not case.rms else None,
-        dy=_laid_out(randn(case.rows, case.n, dtype=case.dtype), case.layout, 3),
+        dy=laid_out(randn(case.rows, case.n, dtype=case.dtype), case.layout, 3),
     )
 
 
@@ -369,7 +276,7 @@ def test_no_stats_unless_needed() -> None:
 @pytest.mark.parametrize("case", [Case(20, 96), Case(20, 96, BF16), Case(20, 63, BF16)], ids=str)
 def test_layout_changes_no_bit(case: Case, layout: str) -> None:
     inputs = draw(case)
-    moved = Inputs(_laid_out(inputs.x, layout, 32), inputs.weight, inputs.bias, _laid_out(inputs.dy, layout, 7))
+    moved = Inputs(laid_out(inputs.x, layout, 32), inputs.weight, inputs.bias, laid_out(inputs.dy, layout, 7))
     assert_same_bits(run(case, inputs), run(case, moved))
 
 
@@ -433,7 +340,7 @@ def draw_directions(case: Case, given: str = "ddx+ddw+ddb") -> Directions:
         for groups in (1 if case.per_group else case.groups, case.groups)
     )
     return Directions(
-        ddx=_laid_out(ddx, case.layout, 11) if "ddx" in given else None,
+        ddx=laid_out(ddx, case.layout, 11) if "ddx" in given else None,
         ddw=ddw if "ddw" in given else None,
         ddb=ddb if "ddb" in given and not case.rms else None,
         dy=inputs.dy,
@@ -558,7 +465,7 @@ def test_layout_changes_no_bit_of_double_backward(case: Case, looped: bool, requ
     d = draw_directions(case)
     expected = run_double(case, d)
     for layout in ("strided", "misaligned"):
-        moved = replace(d, **{k: _laid_out(getattr(d, k), layout, i) for k, i in (("ddx", 32), ("dy", 7), ("x", 16))})
+        moved = replace(d, **{k: laid_out(getattr(d, k), layout, i) for k, i in (("ddx", 32), ("dy", 7), ("x", 16))})
         for name, t in run_double(case, moved).items():
             assert torch.equal(t, expected[name]), (name, layout)
 
@@ -694,43 +601,6 @@ def test_more_than_2_to_the_31_elements() -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- traffic
-
-
-class Traffic:
-    """Bytes that kernels load from and store to each tensor's storage, counted in the interpreter."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from triton.runtime.interpreter import InterpreterBuilder
-
-        self._accesses: list[tuple[str, object, object, int]] = []
-        load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-
-        def counted_load(builder, ptrs, mask, *args, **kwargs):
-            result = load(builder, ptrs, mask, *args, **kwargs)
-            self._accesses.append(("load", ptrs.data, mask.data, result.data.itemsize))
-            return result
-
-        def counted_store(builder, ptrs, value, mask, *args, **kwargs):
-            self._accesses.append(("store", ptrs.data, mask.data, value.data.itemsize))
-            return store(builder, ptrs, value, mask, *args, **kwargs)
-
-        monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted_load)
-        monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counted_store)
-
-    def clear(self) -> None:
-        self._accesses.clear()
-
-    def total(self, kind: str) -> int:
-        return sum(int(mask.sum()) * size for k, _, mask, size in self._accesses if k == kind)
-
-    def of(self, kind: str, t: Tensor) -> int:
-        begin = t.untyped_storage().data_ptr()
-        end = begin + t.untyped_storage().nbytes()
-        return sum(
-            int((mask & (ptrs >= begin) & (ptrs < end)).sum()) * size
-            for k, ptrs, mask, size in self._accesses
-            if k == kind
-        )
 
 
 @runs_kernels
@@ -961,16 +831,7 @@ def test_importing_the_backend_imports_no_triton() -> None:
 
 # ------------------------------------------------------------------------------------------------ compiled, without GPU
 
-TARGETS = {
-    "sm_80": ("cuda", 80, 32),
-    "sm_90": ("cuda", 90, 32),
-    "sm_100": ("cuda", 100, 32),
-    "gfx942": ("hip", "gfx942", 64),
-}
-ELEMENT = {8: "fp64", 4: "fp32", 2: "bf16"}
 INTEGERS = {"eps_bits", "total_rows", "rows", "tiles", "parts", "rows_per_part", "n"}
-
-needs_compiler = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile")
 
 
 @dataclass(frozen=True)
@@ -1061,16 +922,6 @@ def compiled(build: Build, target: str):
     return triton.compile(source, target=gpu, options={"num_warps": config.num_warps, **norm.COMPILE_OPTIONS})
 
 
-def _nvidia_tool(name: str, argument: str, cubin: bytes, tmp_path: Path) -> str:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    if not tool.exists():
-        pytest.skip(f"this triton brings no {name}")
-    (tmp_path / "kernel.cubin").write_bytes(cubin)
-    return subprocess.run(
-        [tool, argument, tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True
-    ).stdout
-
-
 WIDEST = {"forward": launch.FORWARD_WHOLE_ROW, "backward": launch.BACKWARD_WHOLE_ROW}
 # Of each pass and dtype: several rows a tile, the widest row that is kept whole, and a looped one.
 BUILDS = [
@@ -1100,20 +951,7 @@ SM_90_BUILDS += [Build("double_backward", 4096, 2), Build("double_backward", 655
     ids=str,
 )
 def test_compiles_without_spills(build: Build, target: str, tmp_path: Path) -> None:
-    kernel = compiled(build, target)
-    if target == "gfx942":
-        assembly = kernel.asm["amdgcn"]
-        assert re.findall(r"\.(?:[sv]gpr_spill_count|private_segment_fixed_size): *(\d+)", assembly) == ["0"] * 3
-        return
-    usage = _nvidia_tool("cuobjdump", "-res-usage", kernel.asm["cubin"], tmp_path)
-    stack, local = map(int, re.search(r"STACK:(\d+).*LOCAL:(\d+)", usage).groups())
-    assert (stack, local) == (0, 0), usage
-
-
-def _widest_access(ptx: str, kind: str, bits: int) -> int:
-    """Bytes of the widest ``ld.global`` or ``st.global`` of elements or words of ``bits``."""
-    widths = re.findall(rf"{kind}\.global\S*?(?:\.v(\d))?\.b{bits}\b", ptx)
-    return max((int(w or 1) * bits // 8 for w in widths), default=0)
+    assert_no_spills(compiled(build, target), target, tmp_path)
 
 
 @needs_compiler
@@ -1125,7 +963,7 @@ def test_aligned_rows_move_16_bytes_at_a_time(pass_: str, n: int, size: int) -> 
     # Streams are those with an eviction hint; every such load of x and dy takes 16 bytes.
     streams = re.findall(r"ld\.global\.L1::evict_first\S*", ptx)
     assert streams and all(s.endswith(".v4.b32") for s in streams), set(streams)
-    assert _widest_access(ptx, "st", 32) == 16
+    assert widest_access(ptx, "st", 32) == 16
 
 
 @needs_compiler
@@ -1139,14 +977,6 @@ def test_unaligned_rows_take_no_wide_load(build: Build) -> None:
     assert streams and not any(".v" in s for s in streams), set(streams)
 
 
-def _reductions(kernel) -> list[str]:
-    """The type of what each reduction takes, layout included: the layout decides the order of the sum."""
-    ttgir = kernel.asm["ttgir"]
-    layouts = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
-    types = re.findall(r'"tt\.reduce"\(.*?\}\) : \((.*?)\) ->', ttgir, re.DOTALL)
-    return [re.sub(r"#\w+", lambda m: layouts.get(m[0], m[0]), t) for t in types]
-
-
 @needs_compiler
 @pytest.mark.parametrize(
     "pass_, n, size",
@@ -1154,20 +984,20 @@ def _reductions(kernel) -> list[str]:
     + [("double_backward", n, size) for n, size in ((64, 4), (1001, 2))],
 )
 def test_order_of_sums_does_not_depend_on_alignment(pass_: str, n: int, size: int) -> None:
-    expected = _reductions(compiled(Build(pass_, n, size), "sm_90"))
+    expected = reductions(compiled(Build(pass_, n, size), "sm_90"))
     assert expected
     for other in (
         Build(pass_, n, size, aligned=False),
         Build(pass_, n, size, stride=n + 1),
         Build(pass_, n, size, stride=n + 15),
     ):
-        assert _reductions(compiled(other, "sm_90")) == expected, other
+        assert reductions(compiled(other, "sm_90")) == expected, other
 
 
 @needs_compiler
 @pytest.mark.parametrize("n, size", [(64, 4), (8192, 2), (65536, 2)])
 def test_order_of_sums_does_not_depend_on_what_is_needed(n: int, size: int) -> None:
-    alone, together = (_reductions(compiled(Build(p, n, size), "sm_90")) for p in ("jvp", "double_backward"))
+    alone, together = (reductions(compiled(Build(p, n, size), "sm_90")) for p in ("jvp", "double_backward"))
     assert alone and set(alone) <= set(together), set(alone) - set(together)
 
 
@@ -1176,7 +1006,4 @@ def test_order_of_sums_does_not_depend_on_what_is_needed(n: int, size: int) -> N
 @pytest.mark.parametrize("pass_", ["forward", "backward", "double_backward"])
 def test_row_offsets_are_64_bit(pass_: str, n: int) -> None:
     ttir = compiled(Build(pass_, n, 4), "sm_90").asm["ttir"]
-    products = re.findall(r"arith\.muli (\S+), (\S+) : (?:tensor<\S*x)?(i\d+)", ttir)
-    # 32 bits do only where one factor is a constant of the tile.
-    narrow = [p for p in products if p[2] != "i64" and not any(factor.startswith("%c") for factor in p[:2])]
-    assert any(p[2] == "i64" for p in products) and not narrow, narrow
+    assert_64_bit_offsets(ttir)

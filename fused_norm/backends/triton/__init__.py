@@ -1,4 +1,4 @@
-"""The Triton backend: LayerNorm and RMSNorm for CUDA, ROCm and XPU, by the contract of :mod:`fused_norm.backends`.
+"""The Triton backend: norms and the ticks loss for CUDA, ROCm and XPU, by the contract of :mod:`fused_norm.backends`.
 
 Importing this module imports no triton, which is optional and slow to load; the first call does.
 
@@ -44,8 +44,13 @@ _mode_count = torch._C._len_torch_dispatch_stack
 _pre_dispatch = functools.partial(torch._C._dispatch_tls_is_dispatch_key_included, torch._C.DispatchKey.PreDispatch)
 
 
+def _traced(args: tuple) -> bool:
+    """Whether something is to see the call before the GPU does."""
+    return _mode_count() or _pre_dispatch() or any(isinstance(a, Tensor) and type(a) not in _PLAIN for a in args)
+
+
 def _operator(schema: str) -> Callable[[Callable], Callable]:
-    """Make a launcher an operator of this schema too, for what is to see the call before the GPU does."""
+    """Make a launcher an operator of this schema too, for calls that are traced."""
 
     def decorate(launch: Callable) -> Callable:
         name = f"triton_{launch.__name__}"
@@ -61,9 +66,7 @@ def _operator(schema: str) -> Callable[[Callable], Callable]:
 
         @functools.wraps(launch)
         def function(*args, **kwargs):
-            if _mode_count() or _pre_dispatch() or any(isinstance(a, Tensor) and type(a) not in _PLAIN for a in args):
-                return operator(*args, **kwargs)
-            return launch(*args, **kwargs)
+            return (operator if _traced(args) else launch)(*args, **kwargs)
 
         return function
 
@@ -102,3 +105,55 @@ def norm_double_backward(*args, **kwargs):
     from . import double_backward
 
     return double_backward.norm_double_backward(*args, **kwargs)
+
+
+@_operator(
+    "(Tensor z, Tensor target, Tensor? weight, int ignore_index, float smoothing, float ce, float ticks, float softcap)"
+    " -> (Tensor loss, Tensor stats)"
+)
+def ticks_forward(*args, **kwargs):
+    """The contract's function, by :mod:`.ticks`."""
+    from . import ticks
+
+    return ticks.ticks_forward(*args, **kwargs)
+
+
+@_operator(
+    "(Tensor grad, Tensor? grad_lse, Tensor z, Tensor target, Tensor stats, Tensor? weight, int ignore_index,"
+    " float smoothing, float ce, float ticks, float softcap, bool need_dz, bool need_dtarget)"
+    " -> (Tensor dz, Tensor dtarget)"
+)
+def ticks_backward(*args, **kwargs):
+    from . import ticks
+
+    return ticks.ticks_backward(*args, **kwargs, inplace=False)
+
+
+_ticks_backward_fresh = ticks_backward
+
+
+def ticks_backward(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    z: Tensor,
+    target: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    smoothing: float,
+    ce: float,
+    ticks: float,
+    softcap: float,
+    need_dz: bool,
+    need_dtarget: bool,
+    inplace: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The contract's function, by :mod:`.ticks`. An operator may not return its argument: it has no ``inplace``."""
+    args = (grad, grad_lse, z, target, stats, weight, ignore_index, smoothing, ce, ticks, softcap, need_dz)
+    inplace = inplace and need_dz
+    if inplace and not _traced(args):
+        from . import ticks as kernels
+
+        return kernels.ticks_backward(*args, need_dtarget, inplace)
+    dz, dtarget = _ticks_backward_fresh(*args, need_dtarget)
+    return z.copy_(dz) if inplace else dz, dtarget

@@ -1,9 +1,10 @@
-"""What the norm kernels and their launchers share."""
+"""What the kernels and their launchers share."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import struct
 
 import torch
 import triton
@@ -47,6 +48,28 @@ def sum_rows(tile, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def sum_columns(tile, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum of a (ROWS, BLOCK) tile over its columns, neighbours first: two addends have one order, whatever the layout.
+
+    The layout of what is only read follows from its alignment, which must not change a bit.
+    """
+    if BLOCK == 1:
+        return tl.reshape(tile, [ROWS])
+    else:
+        pairs = tl.reshape(tile, [ROWS, BLOCK // 2, 2])
+        return sum_columns(tl.sum(pairs, axis=2), ROWS, BLOCK // 2)
+
+
+@triton.jit
+def number(bits, FP64: tl.constexpr):
+    """The number of the accumulation type with these bits (:func:`float_bits`): a float would come as fp32."""
+    if FP64:
+        return bits.to(tl.int64).to(tl.float64, bitcast=True)
+    else:
+        return bits.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def add_partial(partial_ptr, value, ok, is_first):
     """Add to a partial row, whose first tile finds it uninitialised."""
     before = tl.load(partial_ptr, mask=ok & (not is_first), other=0.0)
@@ -61,6 +84,12 @@ def check_storage(**tensors: Tensor | None) -> None:
     for name, t in tensors.items():
         if t is not None and t.data_ptr() == 0:
             raise RuntimeError(f"{name} has shape {tuple(t.shape)} and no storage: its memory has been freed")
+
+
+def float_bits(value: float, fp64: bool) -> int:
+    """The bits of ``value`` as fp64 or fp32: Triton hands a Python float over as fp32 whatever it is needed for."""
+    floating, integer = ("<d", "<q") if fp64 else ("<f", "<i")
+    return struct.unpack(integer, struct.pack(floating, value))[0]
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:

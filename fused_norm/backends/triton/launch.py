@@ -133,6 +133,42 @@ def reduce_launch(n: int, parts: int, warp_size: int = 32) -> NormLaunch:
     return NormLaunch(rows, block_n, 128 // warp_size, looped=parts > rows)
 
 
+@dataclass(frozen=True)
+class TicksLaunch:
+    """One launch of a ticks kernel: tiles of ``rows`` rows by ``block_v`` classes, ``num_warps`` warps a program."""
+
+    rows: int
+    block_v: int
+    num_warps: int
+
+
+def _ticks_launch(v: int, per_thread: int, narrow_threads: int, warp_size: int) -> TicksLaunch:
+    """256 threads a row, or where that is too many as many rows as ``narrow_threads`` hold."""
+    block_v = min(_next_power_of_2(v), 256 * per_thread)
+    rows = max(1, min(64, narrow_threads * per_thread // block_v))
+    return TicksLaunch(rows, block_v, _warps(rows * block_v, per_thread, warp_size))
+
+
+@functools.cache
+def ticks_forward_launch(v: int, element_size: int, warp_size: int = 32) -> TicksLaunch:
+    """Forward for rows of ``v`` logits of ``element_size`` bytes: a program walks its rows in blocks of ``block_v``."""
+    # A lane's state is two numbers of the accumulation type if plain, else six. With 8 lanes a thread (4 in fp64)
+    # that takes some 40 registers, else 80 to 96: 1536 or 512 threads share a multiprocessor, each with 32 bytes (fp32)
+    # or 16 (bf16) in flight of a tensor, twice that with soft targets: 16 to 48 KiB (8 for smoothing in bf16). More
+    # threads a row would only be more lanes to add up. A narrow row is one warp's: no barriers.
+    # (Two lanes of fp64 would be the better share, but ptxas spills around its divisions then.)
+    return _ticks_launch(v, 4 if element_size == 8 else 8, warp_size, warp_size)
+
+
+@functools.cache
+def ticks_backward_launch(v: int, element_size: int, plain: bool, warp_size: int = 32) -> TicksLaunch:
+    """Backward likewise, but a program a block: nothing is summed."""
+    # 32 bytes to read and 32 to write a thread (16 each in bf16 where a row's masses are read too). Programs of 256
+    # threads: while one waits for its row's target and statistics, which come before the logits, others read and write.
+    per_thread = {8: 4, 4: 8, 2: 16 if plain else 8}[element_size]
+    return _ticks_launch(v, per_thread, 256, warp_size)
+
+
 def alignment(*strides: int) -> int:
     """The largest power of two, up to 16, that divides every stride (counted in elements)."""
     power = 16
