@@ -635,7 +635,7 @@ def test_more_than_2_to_the_31_elements() -> None:
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=SHORT.get)
 @paths
 def test_traffic(path: str, dtype: torch.dtype, tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logits read once and gradients written once; of the rest, at most 1.02 times all with the launches of old."""
+    """Logits read once, gradients written once, and what comes beside that is within 2 % of it."""
     if not INTERPRETED:
         pytest.skip("bytes are counted in the interpreter")
     if tiles == "many":

@@ -5,14 +5,15 @@ Traffic, in units of M*V*E bytes:
     forward   1: z read                  soft targets  1 more: target read
     backward  2: z read, dz written      soft targets  2 more: target read, dtarget written
 
-and beside it the class weights, and of each row its target, z_t, grad and statistics (in backward once a block of
-classes). This counts what kernels ask for.
+and beside it of each row its target, z_t, grad and statistics (in backward once a block of classes), and but for PLAIN
+the class weights: V of them a row, which a cache holds. This counts what kernels ask for.
 
 A kernel is compiled for one of two kinds of a_j, the mass of class j: ``PLAIN`` is one class index a row without
 smoothing, where what belongs to the target is computed once a row; for all else a_j is made as z_j is read. ``SOFT``
 (class probabilities), ``CAPPED`` (a softcap), the class weights and grad_lse are left out where they are not asked for.
 
-Tiles are (ROWS, BLOCK_V), ROWS > 1 for narrow rows alone. No integer is specialised upon: ``ALIGN_*`` are powers of two
+Tiles are (ROWS, BLOCK_V), ROWS > 1 for narrow rows alone. Lane j takes the classes that are j modulo BLOCK_V, in order,
+and lanes are added up neighbours first, so V alone decides the order of a sum, not the layout of a tile in threads. No integer is specialised upon: ``ALIGN_*`` are powers of two
 that divide V and the strides, and ``v // ALIGN_V * ALIGN_V`` tells the compiler.
 """
 
