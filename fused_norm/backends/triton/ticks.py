@@ -13,8 +13,10 @@ smoothing, where what belongs to the target is computed once a row; for all else
 (class probabilities), ``CAPPED`` (a softcap), the class weights and grad_lse are left out where they are not asked for.
 
 Tiles are (ROWS, BLOCK_V), ROWS > 1 for narrow rows alone. Lane j takes the classes that are j modulo BLOCK_V, in order,
-and lanes are added up neighbours first, so V alone decides the order of a sum, not the layout of a tile in threads. No integer is specialised upon: ``ALIGN_*`` are powers of two
-that divide V and the strides, and ``v // ALIGN_V * ALIGN_V`` tells the compiler.
+and lanes are added up neighbours first, so V alone decides the order of a sum, not the layout of a tile in threads.
+
+No integer is specialised upon: ``ALIGN_*`` are powers of two that divide V and the strides, and
+``v // ALIGN_V * ALIGN_V`` tells the compiler.
 """
 
 from __future__ import annotations
