@@ -265,6 +265,7 @@ BLOCKS += [Case(3, 150, dtype, **OPTIONS[at]) for dtype, at in ((FP64, 0), (FP64
 BLOCKS += [Case(3, 64), Case(3, 64, soft=True), Case(3, 65)]
 
 
+@pytest.mark.small
 @runs_kernels
 @pytest.mark.usefixtures("poisoned_empty", "small_tiles")
 @pytest.mark.parametrize("case", BLOCKS, ids=str)
@@ -294,6 +295,7 @@ def test_error_of_wide_rows(case: Case) -> None:
 # --------------------------------------------------------------------------------------------------------- the contract
 
 
+@pytest.mark.small
 @runs_kernels
 @pytest.mark.parametrize("path", ["smooth", "soft"])
 @pytest.mark.parametrize("need", [(True, False), (False, True), (False, False)])
@@ -331,6 +333,7 @@ def test_upstream_gradients_of_any_stride() -> None:
     check(case, expanded, run(case, expanded))
 
 
+@pytest.mark.small
 @runs_kernels
 @paths
 @tiles
@@ -485,6 +488,7 @@ def test_logits_of_minus_infinity(path: str, softcap: float) -> None:
         assert result.loss.isfinite().all()
 
 
+@pytest.mark.small
 @runs_kernels
 @paths
 @tiles
@@ -521,6 +525,7 @@ def test_a_row_of_the_lowest_finite_logits(path: str) -> None:
     assert torch.equal(a.loss, b.loss) and torch.equal(a.dz, b.dz)
 
 
+@pytest.mark.small
 @runs_kernels
 @pytest.mark.parametrize("path", ["plain", "smooth"])
 @tiles
@@ -545,6 +550,7 @@ def test_ignored_rows_are_not_read(path: str, tiles: str, monkeypatch: pytest.Mo
         assert traffic.of("load", z) <= kept * (2 * 60 + 1) * 2
 
 
+@pytest.mark.small
 @runs_kernels
 @pytest.mark.parametrize("path", ["plain", "smooth"])
 @tiles

@@ -17,7 +17,6 @@ the strides, and ``n // ALIGN_N * ALIGN_N`` tells the compiler.
 
 from __future__ import annotations
 
-import struct
 
 import torch
 import triton
@@ -30,6 +29,7 @@ from .common import (
     accumulation_dtype,
     add_partial,
     check_storage,
+    float_bits,
     group_stride,
     mean_of,
     on_device_of,
@@ -220,12 +220,6 @@ def norm_forward_looped_kernel(
         tl.store(y_ptr + row[:, None] * n + at, y, mask=ok)
 
 
-def _float_bits(value: float, fp64: bool) -> int:
-    """The bits of ``value`` as fp64 or fp32: Triton hands a Python float over as fp32 whatever it is needed for."""
-    floating, integer = ("<d", "<q") if fp64 else ("<f", "<i")
-    return struct.unpack(integer, struct.pack(floating, value))[0]
-
-
 def norm_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, n: int, groups: int, eps: float, rms: bool, need_stats: bool
 ) -> tuple[Tensor, Tensor]:
@@ -251,7 +245,7 @@ def norm_forward(
             bias,
             y,
             stats if need_stats else None,
-            _float_bits(eps, fp64),
+            float_bits(eps, fp64),
             total_rows,
             rows,
             tiles,
