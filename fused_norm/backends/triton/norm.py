@@ -17,7 +17,6 @@ the strides, and ``n // ALIGN_N * ALIGN_N`` tells the compiler.
 
 from __future__ import annotations
 
-
 import torch
 import triton
 import triton.language as tl
