@@ -25,6 +25,10 @@ FUSED_NORM_INLINE void store_one(T* p, Acc<T> v) {
   *p = copy[0];
 }
 
+// bf16 and fp16 need no more than the short exponential.
+template <typename T>
+constexpr bool kShortExp = sizeof(T) == 2;
+
 template <typename A>
 FUSED_NORM_INLINE A softcapped(A z, A softcap) {
   return softcap ? softcap * tanh_and_slope<A>(splat<A>(z) / softcap).value[0] : z;
@@ -90,7 +94,7 @@ template <typename T, typename A>
 FUSED_NORM_NOINLINE void mass_block(const T* target, const A* weight, A scale, A uniform, int64_t count, A* mass) {
   const Vec<A> vscale = splat<A>(scale), vuniform = splat<A>(uniform);
   const auto compute = [&](auto&& target_at, auto&& weight_at) {
-    const Vec<A> a = target ? (Vec<A>)(target_at() * vscale + vuniform) : vuniform;
+    const Vec<A> a = target ? fma(target_at(), vscale, vuniform) : vuniform;
     return weight ? (Vec<A>)(a * weight_at()) : a;
   };
   for_registers<A>(

@@ -25,82 +25,126 @@ struct TicksSums {
   S a_top = {};   // a_j of top
   S ae_rest = {}; // a_j*e_j of the rest
   S ad = {};      // a_j*d_j of all; for Mass::uniform d_j alone
+
+  FUSED_NORM_INLINE TicksSums operator+(const TicksSums& o) const {
+    return {rest + o.rest, top + o.top, a_rest + o.a_rest, a_top + o.a_top, ae_rest + o.ae_rest, ad + o.ad};
+  }
+};
+
+// The last columns of a row that do not fill two registers, as two registers whose other lanes `keep` clears.
+template <typename S, typename A = Acc<S>>
+struct RowEnd {
+  static constexpr int columns = 2 * kLanes<A>;
+  int count;
+  Mask<A> a, b;  // all ones for lanes that hold elements
+
+  explicit RowEnd(int64_t classes) : count((int)(classes % columns)) {
+    S ones[columns];
+    for (int i = 0; i < columns; i++) store_one(ones + i, i < count ? 1 : 0);
+    const Two<A> v = load_two(ones);
+    a = v.a != 0;
+    b = v.b != 0;
+  }
+  template <typename T>
+  FUSED_NORM_INLINE Two<A> load(const T* p) const {
+    T copy[columns] = {};
+    for (int i = 0; i < count; i++) copy[i] = p[i];
+    return load_two(copy);
+  }
 };
 
 template <typename S, typename A = Acc<S>>
-FUSED_NORM_INLINE A largest_of_block(const S* z, int64_t count, const Tail<A>* tail) {
+FUSED_NORM_INLINE A largest_of_block(const S* z, int64_t count, const RowEnd<S>& end) {
   using V = Vec<A>;
   constexpr int64_t L = kLanes<A>;
   const V lowest = splat<A>((A)-__builtin_inf());
-  V m0 = lowest, m1 = lowest, m2 = lowest, m3 = lowest;
+  Two<A> m = {lowest, lowest}, n = m;
+  const auto raise = [](Two<A> v, Two<A>& m) { m = {larger(v.a, m.a), larger(v.b, m.b)}; };
   int64_t i = 0;
   for (; i + 4 * L <= count; i += 4 * L) {
-    m0 = larger(load(z + i), m0);
-    m1 = larger(load(z + i + L), m1);
-    m2 = larger(load(z + i + 2 * L), m2);
-    m3 = larger(load(z + i + 3 * L), m3);
+    raise(load_two(z + i), m);
+    raise(load_two(z + i + 2 * L), n);
   }
-  for (; i + L <= count; i += L) m0 = larger(load(z + i), m0);
-  if (i < count) m1 = larger(tail->keep(tail->load(z), lowest), m1);
-  return largest_lane(larger(larger(m0, m1), larger(m2, m3)));
+  if (i + 2 * L <= count) {
+    raise(load_two(z + i), m);
+    i += 2 * L;
+  }
+  if (i < count) {
+    const Two<A> v = end.load(z + i);
+    raise({select(end.a, v.a, lowest), select(end.b, v.b, lowest)}, n);
+  }
+  return largest_lane(larger(larger(m.a, m.b), larger(n.a, n.b)));
 }
 
+// Adds the sums of a block relative to m. With `Top`, logits equal to m are counted apart.
 template <typename S, Mass Kind, bool Top, typename A = Acc<S>>
-FUSED_NORM_INLINE void add_block(const S* z, const A* mass, A m, int64_t count, const Tail<A>* tail, TicksSums<double>& sums) {
+FUSED_NORM_INLINE void add_block(const S* z, const A* mass, A m, int64_t count, const RowEnd<S>& end, TicksSums<double>& sums) {
   using V = Vec<A>;
   constexpr int64_t L = kLanes<A>;
   const V vm = splat<A>(m);
-  // Four of each sum: the exponentials' latency is long. A vector that only some kinds need costs the others nothing.
-  TicksSums<V> s[4];
-  const auto add = [&](TicksSums<V>& s, V v, auto&& mass_at, auto&& keep) {
-    const V d = vm - v;
-    V e = keep(exp_of_nonpositive(v - vm));
-    const Mask<A> top = Top ? (Mask<A>)(v == vm) : Mask<A>{};
-    if constexpr (Top) {
-      s.top += keep((V)((Mask<A>)splat<A>(1) & top));
-      e = clear(top, e);
-    }
-    s.rest += e;
-    if constexpr (Kind == Mass::uniform) s.ad += keep(d);
+  const auto terms = [&](V v, V e, V a, auto&& keep) {
+    TicksSums<V> t;
+    const Mask<A> top = v == vm;
+    t.rest = keep(Top ? clear(top, e) : e);
+    if constexpr (Top) t.top = keep((V)((Mask<A>)splat<A>(1) & top));
+    if constexpr (Kind == Mass::uniform) t.ad = keep(vm - v);
     if constexpr (Kind == Mass::array) {
-      const V a = keep(mass_at());
-      if constexpr (Top) {
-        s.a_top += (V)((Mask<A>)a & top);
-        s.a_rest += clear(top, a);
-      } else {
-        s.a_rest += a;
-      }
-      s.ae_rest = fma(a, e, s.ae_rest);
-      s.ad += clear(a == 0, a * d);  // no mass, no loss, also where d is infinite
+      a = keep(a);
+      t.a_rest = Top ? clear(top, a) : a;
+      if constexpr (Top) t.a_top = (V)((Mask<A>)a & top);
+      t.ae_rest = a * t.rest;
+      t.ad = clear(a == 0, a * (vm - v));  // no mass, no loss, also where v is -inf
     }
+    return t;
   };
-  const auto all = [](V v) { return v; };
+  const auto terms_of_two = [&](Two<A> v, Two<A> a, auto&& keep_a, auto&& keep_b) {
+    V e[2] = {v.a - vm, v.b - vm};
+    exp_of_nonpositive<kShortExp<S>>(e);
+    return terms(v.a, e[0], a.a, keep_a) + terms(v.b, e[1], a.b, keep_b);
+  };
+  const auto mass_of_two = [&](int64_t i) { return Kind == Mass::array ? load_two(mass + i) : Two<A>{}; };
+  const auto whole = [](V v) { return v; };
+  // Every 16 rounds are added up by themselves: a chain of additions is never long, and so neither is its error.
+  constexpr int64_t kRounds = 16;
+  TicksSums<V> s;
   int64_t i = 0;
-  for (; i + 4 * L <= count; i += 4 * L) {
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; k++) {
-      __builtin_prefetch((const char*)(z + i + k * L) + 8192);
-      add(s[k], load(z + i + k * L), [&] { return load(mass + i + k * L); }, all);
+  while (i + 4 * L <= count) {
+    const int64_t rounds = (count - i) / (4 * L), end_of_rounds = i + 4 * L * (rounds < kRounds ? rounds : kRounds);
+    TicksSums<V> some;
+    for (; i < end_of_rounds; i += 4 * L) {
+      // What comes next, while this is computed.
+      for (int64_t byte = 0; byte < 4 * L * (int64_t)sizeof(S); byte += 64) __builtin_prefetch((const char*)(z + i) + 8192 + byte);
+      const Two<A> v = load_two(z + i), w = load_two(z + i + 2 * L), a = mass_of_two(i), b = mass_of_two(i + 2 * L);
+      V e[4] = {v.a - vm, v.b - vm, w.a - vm, w.b - vm};
+      exp_of_nonpositive<kShortExp<S>>(e);
+      some = some + ((terms(v.a, e[0], a.a, whole) + terms(v.b, e[1], a.b, whole)) +
+                     (terms(w.a, e[2], b.a, whole) + terms(w.b, e[3], b.b, whole)));
     }
+    s = s + some;
   }
-  for (; i + L <= count; i += L) add(s[0], load(z + i), [&] { return load(mass + i); }, all);
-  if (i < count) add(s[1], tail->load(z), [&] { return tail->load(mass); }, [&](V v) { return tail->keep(v); });
-  const auto total = [&](V TicksSums<V>::*which) { return (double)sum_lanes((s[0].*which + s[1].*which) + (s[2].*which + s[3].*which)); };
-  sums.rest += total(&TicksSums<V>::rest);
-  if (Top) sums.top += total(&TicksSums<V>::top);
-  if (Kind != Mass::one) sums.ad += total(&TicksSums<V>::ad);
-  if (Kind == Mass::array) {
-    sums.a_rest += total(&TicksSums<V>::a_rest);
-    if (Top) sums.a_top += total(&TicksSums<V>::a_top);
-    sums.ae_rest += total(&TicksSums<V>::ae_rest);
+  if (i + 2 * L <= count) {
+    s = s + terms_of_two(load_two(z + i), mass_of_two(i), whole, whole);
+    i += 2 * L;
+  }
+  if (i < count) {
+    const Two<A> a = Kind == Mass::array ? end.load(mass + i) : Two<A>{};
+    s = s + terms_of_two(end.load(z + i), a, [&](V v) { return clear(~end.a, v); }, [&](V v) { return clear(~end.b, v); });
+  }
+  sums.rest += (double)sum_lanes(s.rest);
+  if constexpr (Top) sums.top += (double)sum_lanes(s.top);
+  if constexpr (Kind != Mass::one) sums.ad += (double)sum_lanes(s.ad);
+  if constexpr (Kind == Mass::array) {
+    sums.a_rest += (double)sum_lanes(s.a_rest);
+    if constexpr (Top) sums.a_top += (double)sum_lanes(s.a_top);
+    sums.ae_rest += (double)sum_lanes(s.ae_rest);
   }
 }
 
 // Adds a block to a row's sums; `seen` columns came before it.
 template <typename S, Mass Kind, typename A = Acc<S>>
 FUSED_NORM_NOINLINE void add_to_row(
-    const S* z, const A* mass, int64_t seen, int64_t count, const Tail<A>* tail, A& m, TicksSums<double>& sums) {
-  const A largest = largest_of_block(z, count, tail);
+    const S* z, const A* mass, int64_t seen, int64_t count, const RowEnd<S>& end, A& m, TicksSums<double>& sums) {
+  const A largest = largest_of_block(z, count, end);
   if (largest > m) {
     const double scale = scalar_exp(m - largest), rise = (double)largest - (double)m;
     if constexpr (Kind == Mass::uniform) {
@@ -115,20 +159,22 @@ FUSED_NORM_NOINLINE void add_to_row(
     sums.rest = (sums.rest + sums.top) * scale;
     sums.top = 0;
     m = largest;
-    return add_block<S, Kind, true>(z, mass, m, count, tail, sums);
+    return add_block<S, Kind, true>(z, mass, m, count, end, sums);
   }
   // A row of nothing but -inf so far: their exponentials are 0 whatever else is subtracted.
   const A finite = m == (A)-__builtin_inf() ? (sizeof(A) == 8 ? (A)-__DBL_MAX__ : (A)-__FLT_MAX__) : m;
-  add_block<S, Kind, false>(z, mass, finite, count, tail, sums);
+  add_block<S, Kind, false>(z, mass, finite, count, end, sums);
 }
 
 template <typename T, Mass Kind>
 void ticks_forward_rows(Dtype target_dtype, const TicksForward& a, int64_t begin, int64_t end) {
   using A = Acc<T>;
   constexpr int64_t kBlock = kTicksBlock<A>;
-  alignas(64) A capped[kBlock], mass[kBlock];
+  alignas(64) A block[kBlock], mass[kBlock];
   const int64_t classes = a.classes;
-  const Tail<A> tail((classes - 1) % kBlock + 1);
+  // Masses lie in the order of their columns, as two registers of bf16 do not: such logits are widened first.
+  const RowEnd<T> end_of_row(classes);
+  const RowEnd<A> end_of_block(classes);
   const A* const weight = (const A*)a.weight;
   const A softcap = (A)a.softcap, scale = (A)(1 - a.smoothing), uniform = (A)(a.smoothing / (double)classes);
   const auto weight_of = [&](int64_t j) { return weight ? (double)weight[j] : 1.0; };
@@ -153,10 +199,13 @@ void ticks_forward_rows(Dtype target_dtype, const TicksForward& a, int64_t begin
       const int64_t count = classes - start < kBlock ? classes - start : kBlock;
       if constexpr (Kind == Mass::array) masses<T>(target_dtype, target, start, weight, scale, uniform, count, mass);
       if (softcap) {
-        cap_block<false>(z + start, count, softcap, capped, (A*)nullptr);
-        add_to_row<A, Kind>(capped, mass, start, count, &tail, m, sums);
+        cap_block<false>(z + start, count, softcap, block, (A*)nullptr);
+        add_to_row<A, Kind>(block, mass, start, count, end_of_block, m, sums);
+      } else if constexpr (Kind == Mass::array && sizeof(T) != sizeof(A)) {
+        widen_block(z + start, count, block);
+        add_to_row<A, Kind>(block, mass, start, count, end_of_block, m, sums);
       } else {
-        add_to_row<T, Kind>(z + start, mass, start, count, &tail, m, sums);
+        add_to_row<T, Kind>(z + start, mass, start, count, end_of_row, m, sums);
       }
     }
     const double others = sums.rest + (sums.top - 1) + (double)(m - m), total = 1 + others, log_total = __builtin_log1p(others);

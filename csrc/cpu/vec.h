@@ -297,53 +297,75 @@ FUSED_NORM_INLINE auto largest_lane(V v) {
 FUSED_NORM_INLINE VecF magnitude(VecF v) { return (VecF)((MaskF)v & 0x7fffffff); }
 FUSED_NORM_INLINE VecD magnitude(VecD v) { return (VecD)((MaskD)v & 0x7fffffffffffffff); }
 
-// exp(x) for x <= 0 (up to a few roundings above 0), to about 1 unit in the last place: exactly 1 at 0, 0 where exp(x) is no normal number
-// (-inf included), NaN for NaN.
+// exp(x) for x <= 0 (or a few roundings above), to about 1 unit in the last place: exactly 1 at 0, 0 where exp(x) is no normal number
+// (-inf included), NaN for NaN. A `Short` one has a polynomial of one degree less, and an error of up to 2e-7 more.
 //
 // n is x/ln 2 rounded to an integer, by adding a number so large that its unit in the last place is 1, and r = x - n*ln 2, with ln 2 in
-// two parts, the first so short that n times it is exact. exp(r) = 1 + r + r^2*q(r) by a minimax polynomial on |r| <= ln(2)/2, with a
-// relative error of 3e-9 (fp64: 4e-18). The low bits of the large sum are n plus the exponent's bias: shifted up, they are 2^n.
-FUSED_NORM_INLINE VecF exp_of_nonpositive(VecF x) {
+// two parts, the first so short that n times it is exact. With fused multiply-add one part does for fp32: its rounding costs exp(x) a
+// relative error of 2.8e-9*|x|, where a difference x of two numbers as large as itself has about ten times as much. exp(r) = 1 + r + r^2*q(r) by a minimax
+// polynomial on |r| <= ln(2)/2, with a relative error of 3e-9 (fp64: 4e-18). The low bits of the large sum are n plus the exponent's bias:
+// shifted up, they are 2^n. The bound on x makes that 0, not nonsense, where 2^n is no normal number; `larger` lets NaN pass.
+//
+// Of N registers at once, each step of all before the next of any: one's latencies are longer than a processor looks ahead.
+#define FUSED_NORM_EACH _Pragma("GCC unroll 8") for (int k = 0; k < N; k++)
+template <bool Short = false, int N>
+FUSED_NORM_INLINE void exp_of_nonpositive(VecF (&x)[N]) {
   const VecF shift = splat<float>(0x1.8p23f + 127);
-  const VecF t = fma(x, splat<float>(0x1.715476p+0f), shift);
-  const VecF n = t - shift;
-  VecF r = fnma(n, splat<float>(0x1.63p-1f), x);
-  r = fnma(n, splat<float>(-0x1.bd0106p-13f), r);
-  VecF q = splat<float>(0x1.6a2352p-10f);
-  q = fma(q, r, splat<float>(0x1.123a6cp-7f));
-  q = fma(q, r, splat<float>(0x1.5558f4p-5f));
-  q = fma(q, r, splat<float>(0x1.55549p-3f));
-  q = fma(q, r, splat<float>(0x1.fffffcp-2f));
-  q = fma(q, r, splat<float>(1));
-  q = fma(q, r, splat<float>(1));
-  const VecF y = q * (VecF)((VecU)t << 23);
-  return clear(x < -0x1.5d589ep+6f, y);  // below ln 2^-126
+  VecF t[N], q[N];
+  FUSED_NORM_EACH x[k] = larger(splat<float>(-88), x[k]);
+  FUSED_NORM_EACH t[k] = fma(x[k], splat<float>(0x1.715476p+0f), shift);
+  FUSED_NORM_EACH q[k] = t[k] - shift;
+#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
+  FUSED_NORM_EACH x[k] = fnma(q[k], splat<float>(0x1.62e43p-1f), x[k]);
+#else
+  FUSED_NORM_EACH x[k] = fnma(q[k], splat<float>(0x1.63p-1f), x[k]);
+  FUSED_NORM_EACH x[k] = fnma(q[k], splat<float>(-0x1.bd0106p-13f), x[k]);
+#endif
+  if constexpr (Short) {
+    FUSED_NORM_EACH q[k] = fma(x[k], splat<float>(0x1.0e5bd2p-7f), splat<float>(0x1.57111ap-5f));
+    FUSED_NORM_EACH q[k] = fma(q[k], x[k], splat<float>(0x1.555ba6p-3f));
+    FUSED_NORM_EACH q[k] = fma(q[k], x[k], splat<float>(0x1.fffe66p-2f));
+  } else {
+    FUSED_NORM_EACH q[k] = fma(x[k], splat<float>(0x1.6a2352p-10f), splat<float>(0x1.123a6cp-7f));
+    FUSED_NORM_EACH q[k] = fma(q[k], x[k], splat<float>(0x1.5558f4p-5f));
+    FUSED_NORM_EACH q[k] = fma(q[k], x[k], splat<float>(0x1.55549p-3f));
+    FUSED_NORM_EACH q[k] = fma(q[k], x[k], splat<float>(0x1.fffffcp-2f));
+  }
+  FUSED_NORM_EACH q[k] = fma(q[k], x[k], splat<float>(1));
+  FUSED_NORM_EACH q[k] = fma(q[k], x[k], splat<float>(1));
+  FUSED_NORM_EACH x[k] = q[k] * (VecF)((VecU)t[k] << 23);
 }
-FUSED_NORM_INLINE VecD exp_of_nonpositive(VecD x) {
+template <bool Short = false, int N>
+FUSED_NORM_INLINE void exp_of_nonpositive(VecD (&x)[N]) {
+  constexpr double kCoefficients[] = {
+      0x1.28ada23aca184p-22, 0x1.71df4f0638a89p-19, 0x1.a0199a05498bep-16, 0x1.a01a0114e697ep-13, 0x1.6c16c18413658p-10, 0x1.111111112c506p-7,
+      0x1.55555555509a7p-5,  0x1.55555555554e5p-3,  0x1.0000000000009p-1,  1,                     1,
+  };
   const VecD shift = splat<double>(0x1.8p52 + 1023);
-  const VecD t = fma(x, splat<double>(0x1.71547652b82fep+0), shift);
-  const VecD n = t - shift;
-  VecD r = fnma(n, splat<double>(0x1.62e4p-1), x);
-  r = fnma(n, splat<double>(0x1.7f7d1cf79abcap-20), r);
-  VecD q = splat<double>(0x1.ad45af4432ddcp-26);
-  q = fma(q, r, splat<double>(0x1.28ada23aca184p-22));
-  q = fma(q, r, splat<double>(0x1.71df4f0638a89p-19));
-  q = fma(q, r, splat<double>(0x1.a0199a05498bep-16));
-  q = fma(q, r, splat<double>(0x1.a01a0114e697ep-13));
-  q = fma(q, r, splat<double>(0x1.6c16c18413658p-10));
-  q = fma(q, r, splat<double>(0x1.111111112c506p-7));
-  q = fma(q, r, splat<double>(0x1.55555555509a7p-5));
-  q = fma(q, r, splat<double>(0x1.55555555554e5p-3));
-  q = fma(q, r, splat<double>(0x1.0000000000009p-1));
-  q = fma(q, r, splat<double>(1));
-  q = fma(q, r, splat<double>(1));
-  const VecD y = q * (VecD)((MaskD)t << 52);
-  return clear(x < -0x1.6232bdd7abcd2p+9, y);  // below ln 2^-1022
+  VecD t[N], q[N];
+  FUSED_NORM_EACH x[k] = larger(splat<double>(-709), x[k]);
+  FUSED_NORM_EACH t[k] = fma(x[k], splat<double>(0x1.71547652b82fep+0), shift);
+  FUSED_NORM_EACH q[k] = t[k] - shift;
+  FUSED_NORM_EACH x[k] = fnma(q[k], splat<double>(0x1.62e4p-1), x[k]);
+  FUSED_NORM_EACH x[k] = fnma(q[k], splat<double>(0x1.7f7d1cf79abcap-20), x[k]);
+  FUSED_NORM_EACH q[k] = splat<double>(0x1.ad45af4432ddcp-26);
+  for (const double c : kCoefficients) {
+    FUSED_NORM_EACH q[k] = fma(q[k], x[k], splat<double>(c));
+  }
+  FUSED_NORM_EACH x[k] = q[k] * (VecD)((MaskD)t[k] << 52);
+}
+#undef FUSED_NORM_EACH
+template <bool Short = false, typename V>
+FUSED_NORM_INLINE V exp_of_nonpositive(V x) {
+  V one[1] = {x};
+  exp_of_nonpositive<Short>(one);
+  return one[0];
 }
 
-// tanh(x), and 1 - tanh(x)^2 = 4e/(1 + e)^2 with e = exp(-2|x|), which needs no difference of numbers near 1.
+// tanh(x), and 1 - tanh(x)^2 without a difference of numbers near 1.
 //
-// tanh is 1 - 2e/(1 + e) from 0.625 on, and x + x^3*p(x^2) below (Cephes' polynomials): so it has its digits near 0 too.
+// With h = exp(-2|x|)/(1 + exp(-2|x|)) they are 1 - 2h and 4h(1 - h), which serve from 0.625 on; below, tanh is x + x^3*p(x^2) (Cephes'
+// polynomials), and so has its digits near 0 too.
 FUSED_NORM_INLINE VecF tanh_below(VecF x, VecF square) {
   VecF p = splat<float>(-5.70498872745e-3f);
   p = fma(p, square, splat<float>(2.06390887954e-2f));
@@ -369,11 +391,39 @@ template <typename A>
 FUSED_NORM_INLINE Tanh<A> tanh_and_slope(Vec<A> x) {
   const Vec<A> size = magnitude(x), one = splat<A>(1);
   const Vec<A> e = exp_of_nonpositive(size * splat<A>(-2));
-  const Vec<A> inverse = one / (one + e);
-  const Vec<A> half = e * inverse;
-  const Mask<A> sign = (Mask<A>)x ^ (Mask<A>)size;
-  const Vec<A> large = (Vec<A>)((Mask<A>)fnma(half, splat<A>(2), one) | sign);
-  return {select(size < (A)0.625, tanh_below(x, x * x), large), splat<A>(4) * (half * inverse)};
+  const Vec<A> rest = e / (one + e);
+  const Mask<A> sign = (Mask<A>)x ^ (Mask<A>)size, is_small = size < (A)0.625;
+  const Vec<A> small = tanh_below(x, x * x), large = (Vec<A>)((Mask<A>)fnma(rest, splat<A>(2), one) | sign);
+  return {select(is_small, small, large), select(is_small, fnma(small, small, one), splat<A>(4) * (rest * (one - rest)))};
+}
+
+// ---- two registers at a time ----
+//
+// Elements p[0 .. 2*lanes), each in some lane of one of the two: for bf16 one has those of even, the other those of odd index, which saves
+// the moves between lanes. For sums, and for elementwise results that go back by store_two.
+template <typename A>
+struct Two {
+  Vec<A> a, b;
+};
+template <typename T>
+FUSED_NORM_INLINE Two<Acc<T>> load_two(const T* p) {
+  return {load(p), load(p + kLanes<Acc<T>>)};
+}
+FUSED_NORM_INLINE Two<float> load_two(const BFloat16* p) {
+  VecU both;
+  memcpy(&both, p, sizeof both);
+  return {(VecF)(both << 16), (VecF)(both & 0xffff0000u)};
+}
+// For numbers that are not NaN.
+template <typename T>
+FUSED_NORM_INLINE void store_two(T* p, Two<Acc<T>> v) {
+  store(p, v.a);
+  store(p + kLanes<Acc<T>>, v.b);
+}
+FUSED_NORM_INLINE void store_two(BFloat16* p, Two<float> v) {
+  const VecU a = (VecU)v.a + 0x7fffu, b = (VecU)v.b + 0x7fffu;  // to nearest even, as store does
+  const VecU both = ((a + (((VecU)v.a >> 16) & 1u)) >> 16) | ((b + (((VecU)v.b >> 16) & 1u)) & 0xffff0000u);
+  memcpy(p, &both, sizeof both);
 }
 
 // One element, for what is not worth a vector.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import re
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch  # before the extensions, which need its libraries loaded
@@ -130,12 +129,10 @@ if not _cpu_missing:
             return _C.norm_double_backward(ddx, ddw, ddb, dy, x, *args)
         return reference.norm_double_backward(ddx, ddw, ddb, dy, x, *args)
 
-    @contextmanager
-    def _out_of_range_is_index_error():
-        """On the CPU the operators look at each class index first; the stable ABI has no exception but RuntimeError."""
+    def _ticks_operator(operator, *args):
         try:
-            yield
-        except RuntimeError as error:
+            return operator(*args)
+        except RuntimeError as error:  # libtorch's stable ABI has no other
             found = re.search(r"target -?\d+ is out of range for \d+ classes", str(error))
             if not found:
                 raise
@@ -147,10 +144,8 @@ if not _cpu_missing:
         Raises:
             IndexError: on the CPU, if a class index is neither in range nor ``ignore_index``.
         """
-        with _out_of_range_is_index_error():
-            return torch.ops.fused_norm.ticks_forward.default(
-                z, target, weight, ignore_index, smoothing, ce, ticks, softcap
-            )
+        operator = torch.ops.fused_norm.ticks_forward.default
+        return _ticks_operator(operator, z, target, weight, ignore_index, smoothing, ce, ticks, softcap)
 
     def ticks_backward(
         grad,
@@ -170,10 +165,9 @@ if not _cpu_missing:
     ):
         """The contract's function; raises as :func:`ticks_forward` does."""
         args = (grad, grad_lse, z, target, stats, weight, ignore_index, smoothing, ce, ticks, softcap)
-        with _out_of_range_is_index_error():
-            if inplace and need_dz:
-                return z, torch.ops.fused_norm.ticks_backward_inplace.default(*args, need_dtarget)
-            return torch.ops.fused_norm.ticks_backward.default(*args, need_dz, need_dtarget)
+        if inplace and need_dz:
+            return z, _ticks_operator(torch.ops.fused_norm.ticks_backward_inplace.default, *args, need_dtarget)
+        return _ticks_operator(torch.ops.fused_norm.ticks_backward.default, *args, need_dz, need_dtarget)
 
 else:
 
