@@ -341,6 +341,10 @@ def test_metrics(examples):
     assert metrics.entropy == pytest.approx(-(p * p.log()).sum(1).mean().item())
     # 0.9 and 0.88 share the bin from 13/15 to 14/15, where one of two is right; 0.7 and 0.55 have one each
     assert metrics.ece == pytest.approx((abs(1 - 0.9 - 0.88) + abs(1 - 0.7) + abs(0 - 0.55)) / 4)
+    unsure = torch.full((2, 20), 0.94 / 19, dtype=torch.float64)  # 0.06 and 0.1 are on both sides of 1/15
+    unsure[:, 3], unsure[1] = 0.06, 0.9 / 19
+    unsure[1, 3] = 0.1
+    assert script.measure(unsure.log(), torch.tensor([3, 4])).ece == pytest.approx((1 - 0.06 + 0.1) / 2)
     sure = script.measure(torch.tensor([[1000.0, 0.0]]), torch.tensor([0]))
     assert sure.accuracy == 1 and sure.ece == 0 and sure.nll == 0 and sure.entropy == 0
 
