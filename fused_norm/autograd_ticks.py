@@ -95,7 +95,7 @@ def ticks_backward(
         *(grad, grad_lse, rows, _as_target(target), dense(stats), dense(weight), *options.values),
         *(need_dz, need_dtarget, inplace),
     )
-    if inplace:  # a raw write, which autograd would not see
+    if inplace and torch._C._is_alias_of(rows, z):  # a raw write, which autograd would not see
         torch.autograd.graph.increment_version(z)
     return dz if need_dz else None, dtarget if need_dtarget else None
 

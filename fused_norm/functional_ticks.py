@@ -6,6 +6,10 @@ Every function does what :func:`torch.nn.functional.cross_entropy` does with the
 
 from __future__ import annotations
 
+import math
+import numbers
+import operator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -83,19 +87,21 @@ def ticks_cross_entropy(
         z_loss_weight: adds ``z_loss_weight * logsumexp(logits)**2`` to each row that is kept; its mean is over the
             number of those rows, whatever the class weights.
         softcap: s > 0 puts ``s * tanh(input / s)`` in the logits' place, before everything else.
-        inplace_backward: backward writes the gradient over ``input``'s memory instead of new memory. Whoever still
-            needs the logits gets torch's error for tensors modified in place; ``create_graph=True`` is refused.
-            Compiled code and torch.func take no notice of it.
+        inplace_backward: backward writes the gradient over ``input``'s memory instead of new memory, where its rows lie
+            apart with their classes adjacent. Whoever still needs the logits gets torch's error for tensors modified in
+            place; a leaf that requires grad, and ``create_graph=True``, are refused. Compiled code and torch.func take
+            no notice of it.
 
     Returns:
         The loss in input's dtype (promoted with that of class probabilities; fp32 under autocast): a scalar, or for
         ``"none"`` one per row, of target's shape (without the classes' dimension).
 
     Raises:
-        ValueError: another number of targets than rows, an unknown reduction, or a softcap that is not positive.
+        ValueError: another number of targets than rows, an unknown reduction, or a softcap that is not positive and
+            finite.
         IndexError: on a CPU, a target outside [0, V) that is not ``ignore_index``. (On a GPU it makes its row NaN.)
         RuntimeError: other shapes that do not fit, a target of another type, a weight of another shape or dtype, a
-            label_smoothing outside [0, 1], an ignore_index beside class probabilities.
+            label_smoothing outside [0, 1], an ignore_index beside class probabilities, inplace_backward of a leaf.
         NotImplementedError: a dtype that the loss is not defined for.
         TypeError: arguments of the wrong type.
     """
@@ -193,22 +199,22 @@ def linear_ticks_loss(
 def _check_options(ignore_index, reduction, label_smoothing, ticks_weight, z_loss_weight, softcap) -> None:
     if reduction not in _REDUCTIONS:
         raise ValueError(f"{reduction!r} is not a reduction; the reductions are 'none', 'mean', 'sum'")
-    if isinstance(ignore_index, Tensor) or int(ignore_index) != ignore_index:
-        raise TypeError(f"ignore_index is {ignore_index!r}; it must be an int")
-    numbers = {
-        "label_smoothing": label_smoothing,
-        "ticks_weight": ticks_weight,
-        "z_loss_weight": z_loss_weight,
-        "softcap": 1.0 if softcap is None else softcap,
-    }
-    for name, value in numbers.items():
+    if type(ignore_index) is not int:
+        try:
+            operator.index(ignore_index)
+        except TypeError:
+            raise TypeError(f"ignore_index is {ignore_index!r}; it must be an int") from None
+    softcap = 1.0 if softcap is None else softcap
+    options = (label_smoothing, ticks_weight, z_loss_weight, softcap)
+    for name, value in zip(("label_smoothing", "ticks_weight", "z_loss_weight", "softcap"), options, strict=True):
         if isinstance(value, Tensor):
             raise TypeError(f"{name} is a tensor; it must be a number, which takes no gradient")
-        float(value)  # the TypeError of what is no number
+        if not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} is {value!r}; it must be a number")
     if not 0 <= label_smoothing <= 1:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0, but is {label_smoothing}")
-    if not numbers["softcap"] > 0:
-        raise ValueError(f"softcap must be positive, or None, but is {softcap}")
+    if not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, or None, but is {softcap}")
 
 
 def _check_tensors(z: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> None:
@@ -219,23 +225,30 @@ def _check_tensors(z: Tensor, target: Tensor, weight: Tensor | None, ignore_inde
         raise RuntimeError(
             f"input has shape (), target has shape {tuple(target.shape)}: input needs a dimension of classes"
         )
-    if target.shape == z.shape:  # so F.cross_entropy tells class probabilities from indices
-        if not target.is_floating_point():
-            raise RuntimeError(
-                f"target is {target.dtype} and has input's shape {tuple(z.shape)}: class probabilities are floating"
-            )
-        if ignore_index >= 0:
-            raise RuntimeError(f"ignore_index is {ignore_index}, but target holds class probabilities, which have none")
-        if target.dtype not in DTYPES:
-            raise NotImplementedError(f"the ticks loss is not defined for target of {target.dtype}")
-    else:
+    soft = target.dim() == z.dim() and target.shape == z.shape  # so F.cross_entropy tells probabilities from indices
+    if not soft:
         given, expected = tuple(target.shape), () if z.dim() == 1 else (z.shape[0], *z.shape[2:])
         if given != expected and not (z.dim() == 1 and given == (1,)):
             message = f"target has shape {given}, but input of shape {tuple(z.shape)} needs {expected}"
             batch_differs = given[:1] != (1 if z.dim() == 1 else z.shape[0],)
             raise ValueError(message) if batch_differs else RuntimeError(message)
-        if target.dtype not in (torch.int64, torch.uint8):
-            raise RuntimeError(f"target is {target.dtype}; it must hold class indices, as torch.int64")
+    _check_kinds(z, target, soft, weight, z.shape[-1] if z.dim() == 1 else z.shape[1], ignore_index)
+
+
+def _check_kinds(z: Tensor, target: Tensor, soft: bool, weight: Tensor | None, classes: int, ignore_index: int) -> None:
+    """Dtypes and devices, beside logits or hidden states ``z``; the target's shape is that of ``soft`` ones, or not."""
+    if soft:
+        if not target.is_floating_point():
+            raise RuntimeError(
+                f"target is {target.dtype} and has shape {tuple(target.shape)}, that of class probabilities, which are"
+                " floating"
+            )
+        if ignore_index >= 0:
+            raise RuntimeError(f"ignore_index is {ignore_index}, but target holds class probabilities, which have none")
+        if target.dtype not in DTYPES:
+            raise NotImplementedError(f"the ticks loss is not defined for target of {target.dtype}")
+    elif target.dtype not in (torch.int64, torch.uint8):
+        raise RuntimeError(f"target is {target.dtype}; it must hold class indices, as torch.int64")
     if z.dtype not in DTYPES:
         raise NotImplementedError(f"the ticks loss is not defined for input of {z.dtype}; it takes {DTYPE_NAMES}")
     if target.device != z.device:
@@ -243,17 +256,16 @@ def _check_tensors(z: Tensor, target: Tensor, weight: Tensor | None, ignore_inde
     if weight is not None:
         if not isinstance(weight, Tensor):
             raise TypeError(f"weight must be a tensor, not {type(weight).__name__}")
-        classes = z.shape[-1] if z.dim() == 1 else z.shape[1]
-        if tuple(weight.shape) != (classes,):
+        if weight.dim() != 1 or weight.shape[0] != classes:
             raise RuntimeError(f"weight has shape {tuple(weight.shape)}, but there are {classes} classes")
         if weight.device != z.device:
             raise RuntimeError(f"weight is on device {weight.device}, input is on {z.device}")
 
 
 def _in_one_dtype(
-    z: Tensor, target: Tensor, weight: Tensor | None, smoothing: float
-) -> tuple[Tensor, Tensor, Tensor | None, float, torch.dtype]:
-    """(z, target, weight, smoothing) as the kernels take them, and the result's dtype. Raises where torch raises."""
+    z: Tensor, target: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, torch.dtype]:
+    """(z, target, weight) in dtypes that the kernels take, and the result's dtype. Raises where torch raises."""
     soft = target.is_floating_point()
     autocast = autocast_enabled(z.device.type)
     result = z.dtype
@@ -273,13 +285,19 @@ def _in_one_dtype(
     beside = z.dtype if z.dtype not in LOW_PRECISION else torch.float32
     if soft:
         target = target if target.dtype == z.dtype else target.to(beside)
-        if weight is not None and (weight.requires_grad or transforms_active()):  # a product that has its derivatives
-            target = weight.to(beside) * ((1 - smoothing) * target.to(beside) + smoothing / z.shape[-1])
-            weight, smoothing = None, 0.0
     else:
         target = target.long()
     weight = weight if weight is None or weight.dtype == z.dtype else weight.to(beside)
-    return z, target, weight, smoothing, result
+    return z, target, weight, result
+
+
+def _weight_in_target(target: Tensor, weight: Tensor | None, smoothing: float) -> tuple[Tensor, Tensor | None, float]:
+    """(target, weight, smoothing) of soft rows (M, V) whose class weights may need a derivative: as a product."""
+    if weight is None or not target.is_floating_point() or not (weight.requires_grad or transforms_active()):
+        return target, weight, smoothing
+    dtype = torch.promote_types(torch.promote_types(target.dtype, weight.dtype), torch.float32)
+    mass = (1 - smoothing) * target.to(dtype) + smoothing / target.shape[1]
+    return weight.to(dtype) * mass, None, 0.0
 
 
 def _divisors(z: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -354,9 +372,16 @@ def _ticks(
     one_row, soft = z.dim() == 1, target.is_floating_point()
     shape = z.shape[:0] if one_row else target.shape if not soft else (z.shape[0], *z.shape[2:])
     classes = z.shape[-1] if one_row else z.shape[1]
-    z, target, weight, smoothing, dtype = _in_one_dtype(z, target, weight, smoothing)
+    inplace = inplace and not transforms_active()
+    if inplace and z.requires_grad and torch.is_grad_enabled() and (z if z._base is None else z._base).is_leaf:
+        raise RuntimeError(
+            f"inplace_backward=True would write the gradient over input of shape {tuple(z.shape)}, which is a leaf that"
+            " requires grad, or a view of one: its values would be lost"
+        )
+    z, target, weight, dtype = _in_one_dtype(z, target, weight)
     rows = _rows(z, classes)
     target = _rows(target, classes) if soft else target.reshape(-1)
+    target, weight, smoothing = _weight_in_target(target, weight, smoothing)
     options = TicksOptions(ignore_index, smoothing, ce, ticks, softcap)
     reduce = LinearTicksOptions(options, reduction, z_loss_weight, None, False)
     scale = z_scale = None
@@ -437,7 +462,7 @@ def _public_linear(
     """Both losses from hidden states, as :func:`_public` from logits."""
     z_loss, softcap = keywords.get("z_loss_weight", 0.0), keywords.get("softcap")
     _check_options(ignore_index, reduction, label_smoothing, ticks, z_loss, softcap)
-    if chunk_bytes is not None and (type(chunk_bytes) is not int or chunk_bytes < 1):
+    if chunk_bytes is not None and (not isinstance(chunk_bytes, int) or chunk_bytes is True or chunk_bytes < 1):
         raise ValueError(f"chunk_bytes must be a positive int, or None, but is {chunk_bytes!r}")
     numbers = (
         int(ignore_index),
@@ -479,17 +504,22 @@ def _check_linear(x, w, target, bias, weight, ignore_index) -> None:
     for name, t in (("linear_weight", w), ("linear_bias", bias)):
         if t is not None and t.device != x.device:
             raise RuntimeError(f"{name} is on device {t.device}, input is on {x.device}")
-        if t is not None and t.dtype != x.dtype and not autocast_enabled(x.device.type):
+        # Autocast makes one dtype of all but fp64.
+        cast = autocast_enabled(x.device.type) and {x.dtype, t.dtype if t is not None else None} <= _CAST
+        if t is not None and t.dtype != x.dtype and not cast:
             raise RuntimeError(f"{name} is {t.dtype}, input is {x.dtype}: they must have the same dtype")
-    if target.shape not in (x.shape[:-1], (*x.shape[:-1], w.shape[0])):
+    soft = target.dim() == x.dim()
+    expected = (*x.shape[:-1], w.shape[0]) if soft else x.shape[:-1]
+    if target.dim() != len(expected) or any(a != b for a, b in zip(target.shape, expected, strict=True)):
         raise ValueError(
             f"target has shape {tuple(target.shape)}, but input of shape {tuple(x.shape)} needs {tuple(x.shape[:-1])},"
             f" or {(*x.shape[:-1], w.shape[0])} for class probabilities"
         )
-    # What there would be of logits, rows first, with no memory: for the checks that all losses share.
-    logits = x.new_empty(1).expand(max(1, x.shape[:-1].numel()), w.shape[0])
-    flat = target.reshape(-1) if target.shape == x.shape[:-1] else target.reshape(-1, w.shape[0])
-    _check_tensors(logits[: flat.shape[0]], flat, weight, ignore_index)
+    _check_kinds(x, target, soft, weight, w.shape[0], ignore_index)
+
+
+#: What autocast casts.
+_CAST = LOW_PRECISION | {torch.float32, None}
 
 
 def _linear_ticks(
@@ -516,11 +546,15 @@ def _linear_ticks(
     if autocast_enabled(device_type):
         cast = torch.get_autocast_dtype(device_type)
         x, w, bias = (t if t is None or t.dtype == torch.float64 else t.to(cast) for t in (x, w, bias))
-    x, target, weight, smoothing, dtype = _in_one_dtype(x, target, weight, smoothing)
+    x, target, weight, dtype = _in_one_dtype(x, target, weight)
     if x.dtype == torch.float64:
         w, bias = w.double(), None if bias is None else bias.double()
-    rows = x.reshape(-1, x.shape[-1])
-    target = target.reshape(-1, w.shape[0]) if target.is_floating_point() else target.reshape(-1)
+    rows = x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
+    if target.is_floating_point():
+        target = target.unsqueeze(0) if target.dim() == 1 else target.flatten(0, -2)
+    else:
+        target = target.reshape(-1)
+    target, weight, smoothing = _weight_in_target(target, weight, smoothing)
     options = LinearTicksOptions(
         TicksOptions(ignore_index, smoothing, ce, ticks, softcap),
         *(reduction, z_loss_weight, chunk_bytes, accumulate_fp32),

@@ -68,6 +68,11 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def _beside(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Class weights or probabilities in a dtype that kernels take beside logits of ``dtype``: that, or fp32."""
+    return t if t is None or not t.is_floating_point() or t.dtype in (dtype, torch.float32) else t.to(dtype)
+
+
 def chunk_rows(rows: int, classes: int, itemsize: int, chunk_bytes: int) -> int:
     """Rows a chunk: as many as fit into ``chunk_bytes`` of logits (one at least), in chunks of about the same size."""
     most = max(1, chunk_bytes // max(1, classes * itemsize))
@@ -105,6 +110,7 @@ def _run(
 
     wc = w.detach().to(compute)
     bc = None if bias is None else bias.detach().to(compute)
+    weight = _beside(weight, compute)
     loss = x.new_empty(rows, dtype=loss_dtype) if want_loss else None
     lse = x.new_empty(rows, dtype=loss_dtype) if want_loss and z_loss else None
     dx = x.new_empty(x.shape) if need_dx else None
@@ -117,7 +123,8 @@ def _run(
 
     for begin in range(0, rows, step):
         part = slice(begin, min(begin + step, rows))
-        xc, tc, logits = x.detach()[part].to(compute), target.detach()[part], buffer[: part.stop - begin]
+        xc, tc = x.detach()[part].to(compute), _beside(target.detach()[part], compute)
+        logits = buffer[: part.stop - begin]
         if keep is not None and need_dw:  # a gradient of 0 times a NaN of an ignored row would still be a NaN
             xc = torch.where(keep[part], xc, 0)
         if bc is None:
@@ -257,7 +264,10 @@ _backward = _operator(_backward, "linear_ticks_backward", f"Tensor grad, {_SCHEM
 def materialized(x, w, bias, target, weight, scale, z_scale, options, backend) -> Tensor:
     """The same loss by way of the logits: every transform and derivative, and their memory."""
     compute = _compute_dtype(x)
+    if not target.is_floating_point():  # an ignored row's NaN would reach dw
+        x = torch.where((target != options.ticks.ignore_index).unsqueeze(1), x, 0)
     logits = F.linear(x.to(compute), w.to(compute), None if bias is None else bias.to(compute))
+    target, weight = _beside(target, compute), _beside(weight, compute)
     need_lse = options.z_loss_weight != 0
     if backend is None:  # by formulas alone
         loss, stats = reference.ticks_forward(logits, target, weight, *options.ticks.values)
@@ -297,6 +307,7 @@ class LinearTicks(torch.autograd.Function):
         saved = ctx.saved_tensors
         need = tuple(ctx.needs_input_grad[:4])
         if torch.is_grad_enabled() or legacy_batched(grad):
+            ctx.grads = None
             with torch.enable_grad():
                 out = materialized(*saved, ctx.options, ctx.backend)
             inputs = [t for t, n in zip(saved, need, strict=False) if n]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -157,12 +158,15 @@ class TrainerLoss:
     """
 
     def __init__(self, causal: bool = False, **options: Any) -> None:
+        allowed = inspect.signature(FF.ticks_cross_entropy).parameters.keys() - {"input", "target", "reduction"}
+        if unknown := sorted(options.keys() - allowed):
+            raise TypeError(f"TrainerLoss takes no {', '.join(unknown)}; its options are {', '.join(sorted(allowed))}")
         self.causal = causal
         self.options = {"ignore_index": -100, **options}
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """The mean loss over labels that are not ``ignore_index``; with ``num_items_in_batch``, the number of those in
-        all batches that share one optimizer step, the sum divided by it.
+        """The mean loss, in fp32, over labels that are not ``ignore_index``; with ``num_items_in_batch``, the number of
+        those in all batches that share one optimizer step, the sum divided by it.
 
         ``outputs`` holds ``logits``, (*, V), by name (or is a tuple that starts with them); ``labels`` is (*).
         """
@@ -170,9 +174,13 @@ class TrainerLoss:
         if self.causal:
             labels = F.pad(labels, (0, 1), value=self.options["ignore_index"])[..., 1:]
         logits, labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).to(logits.device)
+        reduction = "mean" if num_items_in_batch is None else "sum"
+        device_type = logits.device.type
+        # Under autocast the loss is fp32, whatever the logits are: a sum over a batch would overflow fp16.
+        with torch.autocast(device_type, enabled=torch.amp.is_autocast_available(device_type), dtype=torch.bfloat16):
+            loss = FF.ticks_cross_entropy(logits, labels, reduction=reduction, **self.options)
         if num_items_in_batch is None:
-            return FF.ticks_cross_entropy(logits, labels, **self.options)
-        loss = FF.ticks_cross_entropy(logits, labels, reduction="sum", **self.options)
+            return loss
         if isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(loss.device)
         return loss / num_items_in_batch

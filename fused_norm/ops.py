@@ -99,8 +99,16 @@ def _ticks_backward_fake(
     return z.new_empty(z.shape if need_dz else (0,)), target.new_empty(target.shape if need_dtarget else (0,))
 
 
+def _ticks_backward_inplace_fake(
+    grad: Tensor, grad_lse: Tensor | None, z: Tensor, target: Tensor, *options: Tensor | float | bool | None
+) -> Tensor:
+    return target.new_empty(target.shape if options[-1] else (0,))
+
+
 _FAKES = {
+    "ticks_backward_inplace": _ticks_backward_inplace_fake,
     "ticks_forward": _ticks_forward_fake,
+    "native_ticks_forward": _ticks_forward_fake,
     "ticks_backward": _ticks_backward_fake,
     "norm_forward": _norm_forward_fake,
     "norm_backward": _norm_backward_fake,

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch._functorch.config
 import torch.nn.functional as F
 from cases import DTYPES, LOW_PRECISION, assert_same_bits, leaf
@@ -161,6 +162,28 @@ def test_compiled_code_gives_eagers_bits(kind: str, reduction: str) -> None:
             assert_same_bits(a, b)
 
 
+@kinds
+def test_one_graph_serves_any_number_of_rows(kind: str) -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    _, w, b, _ = draw(kind)
+    compiled = torch.compile(
+        lambda x, t: FF.linear_ticks_cross_entropy(x, w, t, b), fullgraph=True, dynamic=True, backend=counter
+    )
+    graphs = []
+    for rows in (6, 7, 8, 9):  # as many rows as features would be another graph
+        x, _, _, target = draw(kind, rows)
+        torch.testing.assert_close(compiled(x, target), by_definition(x, w, b, target))
+        graphs.append(counter.frame_count)  # the first is traced twice, to take the floats for constants
+    assert len(set(graphs)) == 1
+
+
+def test_no_features() -> None:
+    x, w, target = torch.randn(3, 0), torch.randn(5, 0), torch.tensor([0, 1, 2])
+    loss = FF.linear_ticks_cross_entropy(x, w, target, ticks_weight=0.0)
+    torch.testing.assert_close(loss, F.cross_entropy(F.linear(x, w), target))
+
+
 def test_opcheck() -> None:
     x, w, b, target = leaves(*draw("hard", dtype=torch.float32))
     one = torch.ones(())
@@ -189,6 +212,29 @@ def test_accuracy(device: str, dtype: torch.dtype) -> None:
     for ours, theirs, exact in zip(*grads, strict=True):
         assert ours.dtype == dtype
         assert relative_error(ours, exact) <= max(1.05 * relative_error(theirs, exact), unit)
+
+
+@pytest.mark.parametrize("derivative", [torch.autograd.grad, torch.func.grad], ids=["autograd", "func"])
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=lambda d: str(d).removeprefix("torch."))
+@kinds
+def test_class_weights_and_soft_targets_in_low_precision(kind: str, dtype: torch.dtype, derivative) -> None:
+    """They stand beside logits of bf16 and fp16, or of fp32 where the products are taken in it."""
+    x, w, b, target = draw(kind, dtype=dtype)
+    weight = (torch.rand(V) + 0.5).to(dtype)
+
+    def loss(x: Tensor, *, ours: bool) -> Tensor:
+        if ours:
+            return FF.linear_ticks_cross_entropy(x, w, target, b, weight, label_smoothing=0.1, chunk_bytes=CHUNK)
+        wide = target.double() if kind == "soft" else target
+        return by_definition(x, w.double(), b.double(), wide, weight=weight.double(), label_smoothing=0.1)
+
+    def gradient(x: Tensor, ours: bool) -> Tensor:
+        if derivative is torch.func.grad:
+            return torch.func.grad(lambda x: loss(x, ours=ours))(x)
+        x = leaf(x)
+        return torch.autograd.grad(loss(x, ours=ours), x)[0]
+
+    assert relative_error(gradient(x, True), gradient(x.double(), False)) < 2 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=lambda d: str(d).removeprefix("torch."))
@@ -232,13 +278,14 @@ def test_autocast(device: str) -> None:
     assert all(g.dtype == torch.float32 for g in torch.autograd.grad(loss, inputs[:3]))
 
 
-def test_nan_in_an_ignored_row_reaches_no_gradient() -> None:
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_nan_in_an_ignored_row_reaches_no_gradient(create_graph: bool) -> None:
     x, w, b, target = leaves(*draw("hard"))
     with torch.no_grad():
         x[target == IGNORE] = float("nan")
     for reduction in ("mean", "none"):
         loss = FF.linear_ticks_cross_entropy(x, w, target, b, reduction=reduction, chunk_bytes=CHUNK).sum()
-        dx, dw, db = torch.autograd.grad(loss, (x, w, b))
+        dx, dw, db = torch.autograd.grad(loss, (x, w, b), create_graph=create_graph)
         assert dw.isfinite().all() and db.isfinite().all() and (dx[target == IGNORE] == 0).all() and dx.isfinite().all()
 
 
@@ -293,6 +340,8 @@ BAD = {
     "another dtype": (lambda x, w, b, t: (x.float(), w, t, b), RuntimeError, "float64.*float32"),
     "another device": (lambda x, w, b, t: (x, w.to("meta"), t, b), RuntimeError, "meta.*cpu"),
     "a list": (lambda x, w, b, t: ([1.0], w, t, b), TypeError, "list"),
+    "an int dtype": (lambda x, w, b, t: (x, w.long(), t, b), RuntimeError, "int64.*float64"),
+    "int probabilities": (lambda x, w, b, t: (x, w, torch.ones(9, 11).long(), b), RuntimeError, r"int64.*\(9, 11\)"),
     "an int": (lambda x, w, b, t: (x, w, 3, b), TypeError, "int"),
     "int32 targets": (lambda x, w, b, t: (x, w, t.int(), b), RuntimeError, "int32"),
     "out of range": (lambda x, w, b, t: (x, w, torch.full_like(t, V), b), IndexError, "11"),

@@ -282,6 +282,14 @@ def test_vmap_over_class_weights(kind: str) -> None:
     def loss(z: Tensor, w: Tensor) -> Tensor:
         return FF.ticks_cross_entropy(z, target, w, label_smoothing=0.1, ticks_weight=0.5)
 
+    wide = torch.stack([z.t(), 2 * z.t()]).movedim(0, -1).movedim(0, 1)  # (N, V, d)
+    if kind == "soft":
+        images = torch.stack([target, target], -1)
+        together = torch.vmap(lambda w: FF.ticks_cross_entropy(wide, images, w, label_smoothing=0.1))(weights)
+        rows, masses = wide.movedim(1, -1).reshape(-1, 7), images.movedim(1, -1).reshape(-1, 7)
+        torch.testing.assert_close(
+            together, torch.stack([truth(rows, masses, w, label_smoothing=0.1) for w in weights])
+        )
     for function in (loss, torch.func.grad(loss)):
         together = torch.vmap(function, (None, 0))(z, weights)
         torch.testing.assert_close(together, torch.stack([function(z, w) for w in weights]))
@@ -294,10 +302,15 @@ def test_vmap_over_class_weights(kind: str) -> None:
         ({"label_smoothing": -0.1}, RuntimeError, r"-0\.1"),
         ({"softcap": 0.0}, ValueError, r"0\.0"),
         ({"softcap": -3.0}, ValueError, r"-3"),
+        ({"softcap": float("inf")}, ValueError, "inf"),
+        ({"softcap": "2"}, TypeError, "softcap"),
+        ({"ticks_weight": "0.1"}, TypeError, "ticks_weight"),
+        ({"ticks_weight": None}, TypeError, "ticks_weight"),
+        ({"ignore_index": float("nan")}, TypeError, "ignore_index"),
         ({"softcap": torch.tensor(3.0)}, TypeError, "softcap"),
         ({"z_loss_weight": torch.tensor(3.0)}, TypeError, "z_loss_weight"),
         ({"ticks_weight": torch.tensor(3.0)}, TypeError, "ticks_weight"),
-        ({"label_smoothing": "a"}, ValueError, "a"),
+        ({"label_smoothing": "a"}, TypeError, "label_smoothing"),
         ({"ignore_index": 1.5}, TypeError, r"1\.5"),
     ],
     ids=str,
@@ -349,12 +362,43 @@ def test_gradient_in_place_spares_what_others_need(place) -> None:
     with pytest.raises(RuntimeError, match="inplace_backward"):
         torch.autograd.grad(FF.ticks_cross_entropy(x * 2, target, inplace_backward=True), x, create_graph=True)
     one = leaf(z[:1])
-    logits = one.expand(8, 50)  # eight rows in one place: no place for eight gradients
+    row = one + 0
+    logits = row.expand(8, 50)  # eight rows in one place: no place for eight gradients
     FF.ticks_cross_entropy(logits, target, inplace_backward=True).backward()
-    torch.testing.assert_close(one.detach(), z[:1])
+    torch.testing.assert_close(row.detach(), z[:1])
     expected = leaf(z[:1])
     FF.ticks_cross_entropy(expected.expand(8, 50), target).backward()
     torch.testing.assert_close(one.grad, expected.grad)
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_a_leaf_is_no_place_for_its_gradient(view: bool) -> None:
+    z, target = draw("hard", 4, 6)
+    parameter = nn.Parameter(z)
+    logits = parameter.view(4, 6) if view else parameter
+    with pytest.raises(RuntimeError, match=r"\(4, 6\).*leaf"):
+        FF.ticks_cross_entropy(logits, target, inplace_backward=True)
+    with torch.no_grad():
+        FF.ticks_cross_entropy(logits, target, inplace_backward=True)
+
+
+def test_gradient_in_the_place_of_a_copy_marks_no_logits_as_modified() -> None:
+    z, target = draw("hard", 6, 6)
+    x = leaf(z)
+    logits = (x * 1).t()  # whose rows are copied for the kernels
+    (logits.square().sum() + FF.ticks_cross_entropy(logits, target, inplace_backward=True)).backward()
+    y = leaf(z)
+    (y.square().sum() + truth(y.t(), target)).backward()
+    torch.testing.assert_close(x.grad, y.grad)
+
+
+def test_transforms_take_no_notice_of_inplace_backward() -> None:
+    z, target = draw("hard", 4, 6)
+    grads = [
+        torch.func.grad(lambda z, inplace=inplace: FF.ticks_cross_entropy(z, target, inplace_backward=inplace))(z)
+        for inplace in (False, True)
+    ]
+    assert_same_bits(*grads)
 
 
 def test_row_strided_logits_are_not_copied(place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,7 +443,7 @@ def test_modules_stand_where_cross_entropy_loss_stood() -> None:
     ours = fused_norm.TicksCrossEntropyLoss(**options)
     torch.testing.assert_close(ours(z, target), FF.ticks_cross_entropy(z, target, **options))
     assert repr(ours) == "TicksCrossEntropyLoss(ticks_weight=0.5)"
-    logits = z.clone().requires_grad_().view_as(z)
+    logits = z.clone().requires_grad_() + 0
     loss = fused_norm.TicksCrossEntropyLoss(inplace_backward=True)(logits, target)
     assert torch.autograd.grad(loss, logits)[0].data_ptr() == logits.data_ptr()
 
@@ -419,6 +463,15 @@ def test_trainer_loss(causal: bool) -> None:
     (ours,) = torch.autograd.grad(loss({"logits": logits}, labels), logits)
     (theirs,) = torch.autograd.grad(total / count, logits)
     torch.testing.assert_close(ours, theirs)
+
+
+def test_trainer_loss_does_not_overflow_fp16_and_refuses_unknown_options() -> None:
+    logits, labels = torch.randn(8192, 32).half() * 20, torch.randint(32, (8192,))
+    loss = fused_norm.TrainerLoss(ticks_weight=0.0)({"logits": logits}, labels, 8192)
+    torch.testing.assert_close(loss, F.cross_entropy(logits.float(), labels))
+    for option in ("tick_weight", "reduction"):
+        with pytest.raises(TypeError, match=option):
+            fused_norm.TrainerLoss(**{option: 0.1})
 
 
 def test_trainer_loss_is_transformers_own_at_ticks_weight_0() -> None:
@@ -490,6 +543,17 @@ def test_compiled_code_gives_eagers_bits(kind: str) -> None:
             assert_same_bits(a, b)
 
 
+def test_compiled_code_raises_for_a_target_out_of_range() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda z, t: FF.ticks_cross_entropy(z, t), fullgraph=True, backend="aot_eager")
+    z, target = draw("hard", 4, 5)
+    target[2] = 7
+    with fused_norm.use_backend("native" if fused_norm.available_backends()["native"] is None else "auto"):
+        expected = IndexError if fused_norm.available_backends()["native"] is None else RuntimeError
+        with pytest.raises(expected, match="7"):
+            compiled(z, target)
+
+
 def test_operators_pass_opcheck(place) -> None:
     if place.backend not in ("native", "triton"):
         pytest.skip("it has no operators")
@@ -537,7 +601,7 @@ def test_tensors_without_data(device: str) -> None:
     else:
         with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=False) as mode:
             ours = mode.from_tensor(z).requires_grad_()
-            loss = FF.ticks_cross_entropy(ours, mode.from_tensor(target))
+            loss = FF.ticks_cross_entropy(ours * 1, mode.from_tensor(target), inplace_backward=True)
     assert loss.shape == () and loss.dtype == torch.bfloat16
     (grad,) = torch.autograd.grad(loss, ours)
     assert grad.shape == z.shape and grad.dtype == z.dtype

@@ -144,8 +144,23 @@ if not _cpu_missing:
         Raises:
             IndexError: on the CPU, if a class index is neither in range nor ``ignore_index``.
         """
-        operator = torch.ops.fused_norm.ticks_forward.default
+        ops = torch.ops.fused_norm
+        traced = _mode_count() or type(z) not in (Tensor, torch.nn.Parameter)
+        operator = ops.native_ticks_forward.default if traced else ops.ticks_forward.default
         return _ticks_operator(operator, z, target, weight, ignore_index, smoothing, ce, ticks, softcap)
+
+    # What a graph holds in the operator's place, so that compiled code raises IndexError too.
+    _mode_count = torch._C._len_torch_dispatch_stack
+    _library = torch.library.Library("fused_norm", "FRAGMENT")
+    _library.define(
+        "native_ticks_forward(Tensor z, Tensor target, Tensor? weight, int ignore_index, float smoothing, float ce,"
+        " float ticks, float softcap) -> (Tensor loss, Tensor stats)"
+    )
+    _library.impl(
+        "native_ticks_forward",
+        lambda *args: _ticks_operator(torch.ops.fused_norm.ticks_forward.default, *args),
+        "CompositeExplicitAutograd",
+    )
 
     def ticks_backward(
         grad,
