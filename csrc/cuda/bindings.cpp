@@ -1,4 +1,4 @@
-// fused_norm._C_cuda: the CUDA implementations of the ops whose schemas csrc/ops.cpp defines (fused_norm._C), by libtorch's stable ABI.
+// fused_norm._C_cuda: the CUDA implementations of the ops whose schemas csrc/ops.cpp and ops_ticks.cpp define (fused_norm._C), by libtorch's stable ABI.
 // Shapes were validated in Python; here stand only the checks without which a kernel would touch memory that is not its own.
 #include <Python.h>
 #include <dlfcn.h>

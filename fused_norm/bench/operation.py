@@ -61,8 +61,8 @@ class Inputs:
         return self.tensors["x"]
 
     def without_sharing(self, names: tuple[str, ...]) -> Inputs:
-        """The same with copies of the tensors named."""
-        copies = {name: self.tensors[name].detach().clone().requires_grad_(name in self.leaves) for name in names}
+        """The same with copies of the tensors named; as a model's output, no leaf is among them."""
+        copies = {name: self.tensors[name].detach().requires_grad_(name in self.leaves).clone() for name in names}
         return replace(self, tensors={**self.tensors, **copies})
 
 
