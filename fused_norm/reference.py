@@ -34,7 +34,15 @@ def _xhat(x: Tensor, rstd: Tensor, mean: Tensor | None) -> Tensor:
 
 
 def norm_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, n: int, groups: int, eps: float, rms: bool, need_stats: bool
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    groups: int,
+    eps: float,
+    rms: bool,
+    need_stats: bool,
+    cast: bool = False,
 ) -> tuple[Tensor, Tensor]:
     xf = _acc(x).reshape(groups, -1, n)
     mean = None
@@ -53,6 +61,8 @@ def norm_forward(
         var = xf.square().sum(-1, keepdim=True) / n
     rstd = 1 / torch.sqrt(var + eps)
     y = centred * rstd
+    if cast:
+        y = _acc(y.to(x.dtype))
     if weight is not None:
         y = y * _per_group(weight, n)
     if bias is not None:
@@ -94,6 +104,95 @@ def norm_backward(
     if need_db:
         db = dyf.sum(1).to(param_dtype)
     return dx, dw, db
+
+
+_PHILOX_MULTIPLIERS, _PHILOX_WEYL = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
+_WORD = 0xFFFFFFFF
+
+
+def philox(seed: Tensor, blocks: Tensor) -> Tensor:
+    """Philox4x32-10 (Salmon et al., 2011) of int64 ``seed`` and counters ``blocks`` (k,): int64 words (k, 4) below 2^32.
+
+    A product of two 32-bit words may pass 2^63; as int64 it wraps, which keeps its bits, and the mask after the shift
+    takes the copies of the sign away.
+    """
+    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
+    c0, c1 = blocks & _WORD, (blocks >> 32) & _WORD
+    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
+    for _ in range(10):
+        a, b = c0 * _PHILOX_MULTIPLIERS[0], c2 * _PHILOX_MULTIPLIERS[1]
+        c0, c1, c2, c3 = ((b >> 32) & _WORD) ^ c1 ^ k0, b & _WORD, ((a >> 32) & _WORD) ^ c3 ^ k1, a & _WORD
+        k0, k1 = (k0 + _PHILOX_WEYL[0]) & _WORD, (k1 + _PHILOX_WEYL[1]) & _WORD
+    return torch.stack([c0, c1, c2, c3], -1)
+
+
+def dropout_threshold(p: float) -> int:
+    """An element is kept where its word is at least this."""
+    return min(int(p * 2**32 + 0.5), 2**32 - 1)
+
+
+def dropout_mask(seed: Tensor, like: Tensor, p: float) -> Tensor:
+    """keep/(1 - p) for every element of ``like``, in its accumulation dtype."""
+    count = like.numel()
+    words = philox(seed.reshape(()), torch.arange(-(-count // 4), device=like.device)).flatten()[:count]
+    return (words >= dropout_threshold(p)).reshape(like.shape).to(accumulation_dtype(like)) * (1 / (1 - p))
+
+
+def add_dropped(x: Tensor, residual: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
+    """x*keep/(1 - dropout_p) + residual, rounded once to residual's dtype."""
+    x = x.to(accumulation_dtype(residual))
+    if seed is not None:
+        x = x * dropout_mask(seed, x, dropout_p)
+    return (x + _acc(residual)).to(residual.dtype)
+
+
+def add_norm_forward(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    n: int,
+    eps: float,
+    rms: bool,
+    dropout_p: float,
+    need_stats: bool,
+    cast: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    summed = add_dropped(x, residual, seed, dropout_p).contiguous()
+    y, stats = norm_forward(summed, weight, bias, n, 1, eps, rms, need_stats, cast)
+    return y, summed, stats
+
+
+def add_norm_backward(
+    dy: Tensor,
+    dsummed: Tensor | None,
+    summed: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    seed: Tensor | None,
+    n: int,
+    rms: bool,
+    dropout_p: float,
+    param_dtype: torch.dtype,
+    x_dtype: torch.dtype,
+    need_dx: bool,
+    need_dresidual: bool,
+    need_dw: bool,
+    need_db: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    need_d = need_dx or need_dresidual
+    wide = _acc(summed)  # so that d is rounded after the addition alone
+    weight = None if weight is None else _acc(weight)
+    d, dw, db = norm_backward(_acc(dy), wide, stats, weight, n, 1, rms, param_dtype, need_d, need_dw, need_db)
+    dx = dresidual = None
+    if need_d:
+        d = d if dsummed is None else d + _acc(dsummed).reshape(d.shape)
+        dresidual = d.to(summed.dtype)
+        if seed is not None:
+            d = d * dropout_mask(seed, d, dropout_p)
+        dx = d.to(x_dtype)
+    return dx, dresidual, dw, db
 
 
 def norm_double_backward(

@@ -7,11 +7,15 @@ Norms
 
 ::
 
-    norm_forward(x, weight, bias, n, groups, eps, rms, need_stats) -> (y, stats)
+    norm_forward(x, weight, bias, n, groups, eps, rms, need_stats, cast=False) -> (y, stats)
     norm_backward(dy, x, stats, weight, n, groups, rms, param_dtype, need_dx, need_dw, need_db)
         -> (dx, dw, db)
     norm_double_backward(ddx, ddw, ddb, dy, x, stats, weight, n, groups, rms, param_dtype,
                          need_ddy, need_dx, need_dw) -> (grad_dy, grad_x, grad_w)
+    add_norm_forward(x, residual, weight, bias, seed, n, eps, rms, dropout_p, need_stats, cast)
+        -> (y, summed, stats)
+    add_norm_backward(dy, dsummed, summed, stats, weight, seed, n, rms, dropout_p, param_dtype, x_dtype,
+                      need_dx, need_dresidual, need_dw, need_db) -> (dx, dresidual, dw, db)
     unavailable(device_type) -> None, or the reason this backend cannot serve that device type here
 
 Rows
@@ -41,13 +45,27 @@ Mathematics, per row (docs/math.md has the derivations)
     Second pass: off = sum(x - m)/n, which gives back the digits lost where x0 lies far from the rest;
     mean = m + off, var = sum((x - m)^2)/n - off^2. For ``rms`` there is no mean, and var = sum(x^2)/n.
     rstd = 1/sqrt(var + eps). Never E[x^2] - E[x]^2 of x itself.
-    xhat = (x - mean)*rstd; y = xhat*w + b, rounded once.
+    xhat = (x - mean)*rstd; y = xhat*w + b, rounded once. With ``cast``, xhat is rounded to x's dtype before all that
+    follows, as Llama does; it changes y alone, and no derivative.
     g = dy*w; dx = rstd*(g - mean_n(g) - xhat*mean_n(g*xhat)), without the ``mean_n(g)`` term for ``rms``.
     dw = sum over the group's rows of dy*xhat, db = sum of dy.
     Double backward: u = ddx, v = ddw, c = ddb, a = mean_n(u*xhat), b = mean_n(g*xhat), p = u - mean_n(u) - xhat*a.
     grad_dy = w*rstd*p + v*xhat + c; grad_w = sum over the group's rows of dy*rstd*p.
     t = v*dy - rstd*(b*u + a*g); grad_x = rstd*(t - mean_n(t) - xhat*(mean_n(t*xhat) + rstd*mean_n(p*g))),
     again without the plain means for ``rms``.
+Add and norm
+    summed = x*keep/(1 - dropout_p) + residual, rounded once to residual's dtype; y and stats are norm_forward's of
+    *that*, of one group. ``residual`` is rows as x is, of the same shape; y and summed have its dtype, fresh and
+    contiguous. ``x`` has its dtype, or is bf16 or fp16 beside fp32 residual. ``dropout_p`` is in [0, 1), and ``seed``
+    None exactly where it is 0; else int64, one element, on x's device, and never read by the host.
+    keep of element i, counted over the logical (M, n) rows, is ``r_i >= min(floor(dropout_p * 2^32 + 0.5), 2^32 - 1)``,
+    r_i the word ``i % 4`` of Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011) with the
+    key (low, high half of seed) and the counter (low, high half of i // 4, 0, 0): the same mask on every backend. It
+    multiplies: a dropped NaN is NaN, as torch's is.
+    Backward: ``dy`` and ``dsummed`` (None: zeros) reach y and summed, rows as x is, in summed's dtype.
+    d = norm_backward's dx of (dy, summed) + dsummed; dresidual = d; dx = d*keep/(1 - dropout_p), each rounded once, dx
+    to ``x_dtype``. Where dropout_p is 0 and x_dtype is summed's they would be one: then dx comes back as anything, and
+    the caller takes dresidual, which the backend gives if need_dx or need_dresidual.
 Order
     The order of every reduction depends on n alone (for dw and db on M, groups and n), never on the number of threads
     or multiprocessors, nor on the alignment or strides of the data. No atomics.
