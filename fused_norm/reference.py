@@ -111,7 +111,7 @@ _WORD = 0xFFFFFFFF
 
 
 def philox(seed: Tensor, blocks: Tensor) -> Tensor:
-    """Philox4x32-10 (Salmon et al., 2011) of int64 ``seed`` and counters ``blocks`` (k,): int64 words (k, 4) below 2^32.
+    """Philox4x32-10 (Salmon et al., 2011) of an int64 seed and counters (k,): int64 words (k, 4), each below 2^32.
 
     A product of two 32-bit words may pass 2^63; as int64 it wraps, which keeps its bits, and the mask after the shift
     takes the copies of the sign away.

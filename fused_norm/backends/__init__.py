@@ -58,10 +58,10 @@ Add and norm
     *that*, of one group. ``residual`` is rows as x is, of the same shape; y and summed have its dtype, fresh and
     contiguous. ``x`` has its dtype, or is bf16 or fp16 beside fp32 residual. ``dropout_p`` is in [0, 1), and ``seed``
     None exactly where it is 0; else int64, one element, on x's device, and never read by the host.
-    keep of element i, counted over the logical (M, n) rows, is ``r_i >= min(floor(dropout_p * 2^32 + 0.5), 2^32 - 1)``,
-    r_i the word ``i % 4`` of Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011) with the
-    key (low, high half of seed) and the counter (low, high half of i // 4, 0, 0): the same mask on every backend. It
-    multiplies: a dropped NaN is NaN, as torch's is.
+    keep of element i, counted over the logical (M, n) rows, is ``r_i >= min(floor(dropout_p*2^32 + 0.5), 2^32 - 1)``,
+    r_i the word ``i % 4`` of Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011) with
+    the key (low, high half of seed) and the counter (low, high half of i // 4, 0, 0): the same mask on every backend.
+    It multiplies: a dropped NaN is NaN, as torch's is.
     Backward: ``dy`` and ``dsummed`` (None: zeros) reach y and summed, rows as x is, in summed's dtype.
     d = norm_backward's dx of (dy, summed) + dsummed; dresidual = d; dx = d*keep/(1 - dropout_p), each rounded once, dx
     to ``x_dtype``. Where dropout_p is 0 and x_dtype is summed's they would be one: then dx comes back as anything, and
