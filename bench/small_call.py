@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a che
 
 import fused_norm.functional as FF
 from fused_norm import dispatch
+from fused_norm import functional_norms as norms
 from fused_norm.autograd import transforms_active
 from fused_norm.backends import native
 from fused_norm.bench import environment
@@ -70,8 +71,8 @@ def sections() -> dict[str, dict[str, Callable[[], object]]]:
             "  native.norm_forward": lambda: native.norm_forward(*forward_args),
             "norm_forward by the dispatcher": lambda: forward(*forward_args),
             "the checks in Python instead of plain_row_length": lambda: (
-                FF._row_length(False, x, shape, w, b),
-                FF._checked_params(False, x, shape, w, b),
+                norms.row_length(False, x, shape, w, b),
+                norms.checked_params(False, x, shape, w, b),
             ),
         },
         "forward + backward": {

@@ -8,10 +8,21 @@ __version__ = "0.1.0"
 
 from . import functional, ops, testing
 from .dispatch import available_backends, use_backend
-from .modules import LayerNorm, LinearTicksCrossEntropyLoss, RMSNorm, TicksCrossEntropyLoss, TicksLoss, TrainerLoss
+from .modules import (
+    AddLayerNorm,
+    AddRMSNorm,
+    LayerNorm,
+    LinearTicksCrossEntropyLoss,
+    RMSNorm,
+    TicksCrossEntropyLoss,
+    TicksLoss,
+    TrainerLoss,
+)
 from .patch import PatchReport, patch, unpatch
 
 __all__ = [
+    "AddLayerNorm",
+    "AddRMSNorm",
     "LayerNorm",
     "LinearTicksCrossEntropyLoss",
     "PatchReport",

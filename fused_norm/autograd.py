@@ -71,7 +71,7 @@ def _spread(p: Tensor | None, n: int, groups: int) -> Tensor | None:
     return p.reshape(-1, 1, n).expand(-1, groups * n // p.numel(), n).reshape(groups, n)
 
 
-def _shaped_like(result: Tensor, x: Tensor) -> Tensor:
+def shaped_like(result: Tensor, x: Tensor) -> Tensor:
     # Not a view of the kernel's output in autograd's eyes: users may write over it.
     return result if result.shape == x.shape else _reshape_fresh(result, x.shape)
 
@@ -125,6 +125,7 @@ def norm_forward(
     n: int,
     eps: float,
     rms: bool,
+    cast: bool,
     backend: ModuleType,
     need_stats: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -133,8 +134,9 @@ def norm_forward(
     if (weight is not None and weight.numel() != n) or (bias is not None and bias.numel() != n):
         groups = max(_groups(weight, n), _groups(bias, n))
         weight, bias = _spread(weight, n, groups), _spread(bias, n, groups)
-    y, stats = backend.norm_forward(as_rows(x, n), weight, bias, n, groups, eps, rms, need_stats)
-    return _shaped_like(y, x), stats
+    options = (True,) if cast else ()  # a call without them is the one that native's direct path knows
+    y, stats = backend.norm_forward(as_rows(x, n), weight, bias, n, groups, eps, rms, need_stats, *options)
+    return shaped_like(y, x), stats
 
 
 def _norm_backward(
@@ -164,7 +166,7 @@ def _norm_backward(
         _, dw, _ = backend.norm_backward(dy, rows, stats, None, n, dw_groups, rms, param_dtype, False, True, False)
     if 0 < db_groups < groups:
         _, _, db = backend.norm_backward(dy, rows, stats, None, n, db_groups, rms, param_dtype, False, False, True)
-    return _shaped_like(dx, x) if need_dx else None, dw if dw_groups else None, db if db_groups else None
+    return shaped_like(dx, x) if need_dx else None, dw if dw_groups else None, db if db_groups else None
 
 
 def _norm_double_backward(
@@ -197,8 +199,8 @@ def _norm_double_backward(
             *(ddx, None, None, dy, rows, stats, None, n, dw_groups, rms, param_dtype, False, False, True)
         )
     return (
-        _shaped_like(grad_dy, x) if need_ddy else None,
-        _shaped_like(grad_x, x) if need_dx else None,
+        shaped_like(grad_dy, x) if need_ddy else None,
+        shaped_like(grad_x, x) if need_dx else None,
         grad_w if dw_groups else None,
     )
 
@@ -219,6 +221,16 @@ def _backward(dy, x, stats, weight, n, eps, rms, param_dtype, need_dx, dw_groups
     elif torch.is_grad_enabled() or transforms_active():
         return NormBackward.call(dy, x, stats, weight, n, eps, rms, param_dtype, need_dx, dw_groups, db_groups, backend)
     return _norm_backward(dy, x, stats, weight, n, rms, param_dtype, need_dx, dw_groups, db_groups, backend)
+
+
+def gradients(dy, x, stats, weight, bias_like, n, eps, rms, needs, backend):
+    """The gradients of x, weight and bias, in their shapes; ``bias_like`` is None or the bias's (dtype, shape)."""
+    need_dx, need_dw, need_db = needs[:3]
+    param_dtype = weight.dtype if weight is not None else bias_like[0] if bias_like else x.dtype
+    dw_groups = weight.numel() // n if need_dw else 0
+    db_groups = bias_like[1].numel() // n if need_db else 0
+    dx, dw, db = _backward(dy, x, stats, weight, n, eps, rms, param_dtype, need_dx, dw_groups, db_groups, backend)
+    return dx, dw.view(weight.shape) if need_dw else None, db.view(bias_like[1]) if need_db else None
 
 
 def _double_backward(
@@ -287,12 +299,12 @@ class Norm(Function):
     """
 
     @staticmethod
-    def forward(x, weight, bias, n, eps, rms, backend):
-        return norm_forward(x, weight, bias, n, eps, rms, backend, need_stats=True)
+    def forward(x, weight, bias, n, eps, rms, cast, backend):
+        return norm_forward(x, weight, bias, n, eps, rms, cast, backend, need_stats=True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, bias, ctx.n, ctx.eps, ctx.rms, ctx.backend = inputs
+        x, weight, bias, ctx.n, ctx.eps, ctx.rms, _, ctx.backend = inputs
         stats = output[1]
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
@@ -304,21 +316,12 @@ class Norm(Function):
     @staticmethod
     def backward(ctx, dy, _):
         if dy is None:
-            return (None,) * 7
+            return (None,) * 8
         x, weight, stats = ctx.saved_tensors
-        n, bias_like = ctx.n, ctx.bias_like
-        need_dx, need_dw, need_db = ctx.needs_input_grad[:3]
-        param_dtype = weight.dtype if weight is not None else bias_like[0] if bias_like else x.dtype
-        dw_groups = weight.numel() // n if need_dw else 0
-        db_groups = bias_like[1].numel() // n if need_db else 0
-        dx, dw, db = _backward(
-            dy, x, stats, weight, n, ctx.eps, ctx.rms, param_dtype, need_dx, dw_groups, db_groups, ctx.backend
+        dx, dw, db = gradients(
+            dy, x, stats, weight, ctx.bias_like, ctx.n, ctx.eps, ctx.rms, ctx.needs_input_grad, ctx.backend
         )
-        if need_dw:
-            dw = dw.view(weight.shape)
-        if need_db:
-            db = db.view(bias_like[1])
-        return dx, dw, db, None, None, None, None
+        return dx, dw, db, *(None,) * 5
 
     @jvp_rule
     def jvp(ctx, saved, dx, dw, db, *_):
@@ -330,7 +333,7 @@ class Norm(Function):
         return dy, None
 
     @staticmethod
-    def vmap(info, in_dims, x, weight, bias, n, eps, rms, backend):
+    def vmap(info, in_dims, x, weight, bias, n, eps, rms, cast, backend):
         batch = info.batch_size
         x = fold_rows(x, in_dims[0], batch)
         if batch == 0:  # nothing to compute, but still connected to the graph
@@ -338,8 +341,86 @@ class Norm(Function):
             rows = math.prod(x.shape[1:]) // n
             return (y, x.new_empty((1 if rms else 2, 0, rows), dtype=reference.accumulation_dtype(x))), (0, 1)
         weight, bias = (_fold_param(p, d, batch, n) for p, d in zip((weight, bias), in_dims[1:3], strict=True))
-        y, stats = Norm.call(x, weight, bias, n, eps, rms, backend)
+        y, stats = Norm.call(x, weight, bias, n, eps, rms, cast, backend)
         return (y, unfold_stats(stats, batch)), (0, 1)
+
+
+class NormKeepingOutput(Function):
+    """:class:`Norm`, which keeps y for backward instead of x: (y, rstd, apart), in eager mode outside torch.func.
+
+    Backward recovers centred = x - mean as (y - bias)/weight/rstd, and runs on it with a mean of 0: the norm's
+    derivatives know x by its distance from the mean alone. Rounding y once gives xhat an error of at most
+    u*(|xhat| + |bias/weight|), with u the unit roundoff: where |bias| <= |weight| that is about what
+    rounding xhat would. In the columns ``apart`` it is more, or weight is 0; there ``centred`` itself is kept.
+
+    rstd and the kept columns are outputs with derivatives, so that what backward recovers, a function of outputs, has
+    x's derivatives to any order.
+    """
+
+    @staticmethod
+    def columns_apart(weight: Tensor | None, bias: Tensor | None, n: int, x: Tensor) -> Tensor | None:
+        """The columns that cannot be recovered; None if it is better to keep x: they are many, or none may ask."""
+        if weight is None and bias is None:
+            return torch.empty(0, dtype=torch.int64, device=x.device)
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None
+        with torch.no_grad():
+            size = torch.ones(n, device=x.device) if weight is None else weight.detach().reshape(n).abs()
+            # A weight far below the others would be divided by twice in second derivatives; a tiny one has a rounded y.
+            least = (size.max() / 1024).clamp(min=torch.finfo(x.dtype).tiny).expand(n)
+            if bias is not None:
+                least = torch.maximum(least, bias.detach().reshape(n).abs())
+            columns = torch.logical_not(size >= least).nonzero().view(-1)  # NaN is among them
+        return columns if columns.numel() <= n // 2 else None
+
+    @staticmethod
+    def forward(x, weight, bias, apart, n, eps, rms, cast, backend):
+        y, stats = norm_forward(x, weight, bias, n, eps, rms, cast, backend, need_stats=True)
+        kept = x.reshape(-1, n).index_select(1, apart)
+        if not rms and apart.numel():
+            kept = (kept - stats[1][:, None]).to(x.dtype)
+        return y, stats[0].clone() if len(stats) > 1 else stats[0], kept
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, weight, bias, apart, ctx.n, ctx.eps, ctx.rms, _, ctx.backend = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output, weight, bias, apart)
+        ctx.bias_like = None if bias is None else (bias.dtype, bias.shape)
+
+    @staticmethod
+    def backward(ctx, dy, drstd, dkept):
+        y, rstd, kept, weight, bias, apart = ctx.saved_tensors
+        n, rms = ctx.n, ctx.rms
+        if dy is None and drstd is None and dkept is None:
+            return (None,) * 9
+        centred = y.reshape(-1, n).to(rstd.dtype)
+        # In place saves a tensor of memory.
+        divide = torch.div if bias is None or torch.is_grad_enabled() else Tensor.div_
+        if bias is not None:
+            centred = centred - bias.reshape(n)
+        if weight is not None:
+            centred = divide(centred, weight.reshape(n).index_fill(0, apart, 1.0))  # it may be 0 there
+        centred = divide(centred, rstd[:, None]).to(y.dtype)
+        if apart.numel():
+            centred = centred.index_copy(1, apart, kept)
+        dx = dw = db = None
+        if dy is not None:
+            detached = rstd.detach()
+            stats = detached[None] if rms else torch.stack([detached, torch.zeros_like(detached)])
+            dx, dw, db = gradients(
+                *(dy.reshape(-1, n), centred, stats, weight, ctx.bias_like, n, ctx.eps, rms),
+                *(ctx.needs_input_grad, ctx.backend),
+            )
+        if ctx.needs_input_grad[0]:
+            more = []
+            if drstd is not None:
+                more.append(centred * ((-1 / n) * drstd * rstd**3)[:, None].to(y.dtype))
+            if dkept is not None:
+                spread = torch.zeros_like(centred).index_add(1, apart, dkept)
+                more.append(spread if rms else spread - spread.mean(1, keepdim=True))
+            dx = sum(more, 0 if dx is None else dx).view(y.shape)
+        return dx, dw, db, *(None,) * 6
 
 
 class NormBackward(Function):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,21 +16,173 @@ from . import functional as FF
 class LayerNorm(nn.LayerNorm):
     """:class:`torch.nn.LayerNorm`, fused: the same constructor, parameters, state_dict and repr.
 
-    Shapes, dtypes and errors: :func:`fused_norm.functional.layer_norm`.
+    ``weight_offset`` and ``memory_efficient``, which are attributes and options of the constructor by name, are those
+    of :func:`fused_norm.functional.layer_norm`; shapes, dtypes and errors too.
     """
 
+    # On the class, so that a module which only changed its class (patch) has them.
+    weight_offset: float = 0.0
+    memory_efficient: bool = False
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        weight_offset: float = 0.0,
+        memory_efficient: bool = False,
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
+        _set_options(self, weight_offset=weight_offset, memory_efficient=memory_efficient)
+
     def forward(self, input: Tensor) -> Tensor:
-        return FF.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+        return FF.layer_norm(
+            *(input, self.normalized_shape, self.weight, self.bias, self.eps),
+            weight_offset=self.weight_offset,
+            memory_efficient=self.memory_efficient,
+        )
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + _shown_options(self)
+
+    def reset_parameters(self) -> None:
+        """As torch's, with the offset taken off: a new module multiplies by 1."""
+        super().reset_parameters()
+        _take_offset_off(self)
 
 
 class RMSNorm(nn.RMSNorm):
     """:class:`torch.nn.RMSNorm`, fused: the same constructor, parameters, state_dict and repr.
 
-    Shapes, dtypes and errors: :func:`fused_norm.functional.rms_norm`.
+    ``weight_offset``, ``cast_before_weight`` and ``memory_efficient``, which are attributes and options of the
+    constructor by name, are those of :func:`fused_norm.functional.rms_norm`; shapes, dtypes and errors too.
     """
 
+    weight_offset: float = 0.0
+    cast_before_weight: bool = False
+    memory_efficient: bool = False
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        weight_offset: float = 0.0,
+        cast_before_weight: bool = False,
+        memory_efficient: bool = False,
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
+        _set_options(
+            self,
+            weight_offset=weight_offset,
+            cast_before_weight=cast_before_weight,
+            memory_efficient=memory_efficient,
+        )
+
     def forward(self, x: Tensor) -> Tensor:
-        return FF.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+        return FF.rms_norm(
+            *(x, self.normalized_shape, self.weight, self.eps),
+            weight_offset=self.weight_offset,
+            cast_before_weight=self.cast_before_weight,
+            memory_efficient=self.memory_efficient,
+        )
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + _shown_options(self)
+
+    def reset_parameters(self) -> None:
+        """As torch's, with the offset taken off: a new module multiplies by 1."""
+        super().reset_parameters()
+        _take_offset_off(self)
+
+
+class AddLayerNorm(LayerNorm):
+    """Dropout, residual connection and LayerNorm in one pass: :func:`fused_norm.functional.add_layer_norm`.
+
+    The constructor, parameters and state_dict of :class:`torch.nn.LayerNorm`, and by name ``p``, the probability that
+    an element of the input is dropped in training mode, and ``weight_offset``.
+    """
+
+    p: float = 0.0
+
+    def __init__(self, *args: Any, p: float = 0.0, weight_offset: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(*args, weight_offset=weight_offset, **kwargs)
+        _set_options(self, p=_probability(p))
+
+    def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(output, summed): ``summed = dropout(input) + residual``, and its norm."""
+        return FF.add_layer_norm(
+            *(input, residual, self.normalized_shape, self.weight, self.bias, self.eps),
+            dropout_p=self.p,
+            training=self.training,
+            weight_offset=self.weight_offset,
+        )
+
+
+class AddRMSNorm(RMSNorm):
+    """Dropout, residual connection and RMSNorm in one pass: :func:`fused_norm.functional.add_rms_norm`.
+
+    The constructor, parameters and state_dict of :class:`torch.nn.RMSNorm`, and by name ``p``, the probability that an
+    element of the input is dropped in training mode, ``weight_offset`` and ``cast_before_weight``.
+    """
+
+    p: float = 0.0
+
+    def __init__(
+        self,
+        *args: Any,
+        p: float = 0.0,
+        weight_offset: float = 0.0,
+        cast_before_weight: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, weight_offset=weight_offset, cast_before_weight=cast_before_weight, **kwargs)
+        _set_options(self, p=_probability(p))
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(output, summed): ``summed = dropout(x) + residual``, and its norm."""
+        return FF.add_rms_norm(
+            *(x, residual, self.normalized_shape, self.weight, self.eps),
+            dropout_p=self.p,
+            training=self.training,
+            weight_offset=self.weight_offset,
+            cast_before_weight=self.cast_before_weight,
+        )
+
+
+def _probability(p: float) -> float:
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"p is {p}, a probability is between 0 and 1")
+    return p
+
+
+_OPTIONS = ("p", "weight_offset", "cast_before_weight", "memory_efficient")
+
+
+def _set_options(norm: nn.Module, **options: float | bool) -> None:
+    """Those that differ from the class's own, so that a plain module holds what torch's does."""
+    for name, value in options.items():
+        if value != getattr(type(norm), name):
+            setattr(norm, name, value)
+    if "weight_offset" in options:
+        _take_offset_off(norm)
+
+
+def _take_offset_off(norm: nn.Module) -> None:
+    if norm.weight_offset and norm.weight is not None:
+        with torch.no_grad():
+            norm.weight -= norm.weight_offset
+
+
+def _shown_options(norm: nn.Module) -> str:
+    return "".join(f", {name}={vars(norm)[name]}" for name in _OPTIONS if name in vars(norm))
 
 
 class TicksLoss(nn.CrossEntropyLoss):

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_norm.functional as FF
 from fused_norm import dispatch
+from fused_norm import functional_norms as norms
 from fused_norm.backends import native
 
 pytestmark = pytest.mark.skipif(
@@ -624,10 +625,10 @@ def test_plain_row_length(case):
     assert dispatch.plain_row_length(*args) == expected
     if expected:
         x, shape, weight, bias = args
-        assert type(x) in FF.PLAIN and FF._row_length(False, x, shape, weight, bias) == expected
+        assert type(x) in norms.PLAIN and norms.row_length(False, x, shape, weight, bias) == expected
         for rms in (False, True):
             if (weight is not None or bias is not None) and not (rms and weight is None):
-                checked = [FF.dense(p) for p in FF._checked_params(rms, x, shape, weight, None if rms else bias)]
+                checked = [norms.dense(p) for p in norms.checked_params(rms, x, shape, weight, None if rms else bias)]
                 assert checked[0] is weight and checked[1] is (None if rms else bias)
 
 
@@ -650,9 +651,9 @@ def test_plain_row_length_by_chance():
                 for bias in tensors:
                     n = dispatch.plain_row_length(x, shape, weight, bias)
                     try:
-                        ordinary = x.numel() and FF._row_length(False, x, shape, weight, bias)
+                        ordinary = x.numel() and norms.row_length(False, x, shape, weight, bias)
                         if ordinary and (weight is not None or bias is not None):
-                            params = [FF.dense(p) for p in FF._checked_params(False, x, shape, weight, bias)]
+                            params = [norms.dense(p) for p in norms.checked_params(False, x, shape, weight, bias)]
                             ordinary *= params[0] is weight and params[1] is bias
                     except (RuntimeError, NotImplementedError):
                         ordinary = 0
