@@ -32,23 +32,23 @@ struct Rows {
   int64_t n, count, per_group, stride;
 };
 
-Rows rows_of(const Tensor& x, int64_t n, int64_t groups) {
+Rows rows_of(const Tensor& x, int64_t n, int64_t groups, const char* name = "x") {
   STD_TORCH_CHECK(n >= 1, "n is ", n, ", expected at least 1");
   STD_TORCH_CHECK(groups >= 1, "groups is ", groups, ", expected at least 1");
-  Rows r{dtype_of(x, "x"), n, x.numel() / n, 0, row_stride(x, n, "x")};
-  STD_TORCH_CHECK(r.count * n == x.numel(), "x has ", x.numel(), " elements, not a multiple of n = ", n);
-  STD_TORCH_CHECK(r.count % groups == 0, "x has ", r.count, " rows, not a multiple of groups = ", groups);
+  Rows r{dtype_of(x, name), n, x.numel() / n, 0, row_stride(x, n, name)};
+  STD_TORCH_CHECK(r.count * n == x.numel(), name, " has ", x.numel(), " elements, not a multiple of n = ", n);
+  STD_TORCH_CHECK(r.count % groups == 0, name, " has ", r.count, " rows, not a multiple of groups = ", groups);
   r.per_group = r.count / groups;
   return r;
 }
 
 // 0 where the parameter is shared by all groups, n where each has its own.
-int64_t check_param(const Tensor& p, const Rows& rows, int64_t groups, const char* name) {
-  STD_TORCH_CHECK(p.is_cpu(), name, " is not on the CPU, x is");
+int64_t check_param(const Tensor& p, const Rows& rows, int64_t groups, const char* name, const char* x_name = "x") {
+  STD_TORCH_CHECK(p.is_cpu(), name, " is not on the CPU, ", x_name, " is");
   STD_TORCH_CHECK(p.is_contiguous(), name, " is not contiguous");
   const Dtype d = dtype_of(p, name);
   STD_TORCH_CHECK(
-      param_dtype_fits(d, rows.dtype), name, " has dtype ", dtype_name(d), ", x has ", dtype_name(rows.dtype));
+      param_dtype_fits(d, rows.dtype), name, " has dtype ", dtype_name(d), ", ", x_name, " has ", dtype_name(rows.dtype));
   const int64_t numel = p.numel();
   STD_TORCH_CHECK(
       numel == rows.n || (numel / groups == rows.n && numel % groups == 0), name, " has shape ", shape(p),
@@ -56,45 +56,56 @@ int64_t check_param(const Tensor& p, const Rows& rows, int64_t groups, const cha
   return numel == rows.n ? 0 : rows.n;
 }
 
+// norm_forward's arguments and results, but for x, its stride and y.
+struct Forward {
+  NormForward a{};
+  Dtype param;
+  std::optional<Tensor> stats;
+};
+
+Forward prepare_forward(
+    const Rows& rows, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, int64_t groups, double eps, bool rms,
+    bool need_stats, bool cast, const char* x_name = "x") {
+  Forward f;
+  f.param = rows.dtype;
+  if (weight) {
+    f.a.weight_stride = check_param(*weight, rows, groups, "weight", x_name);
+    f.param = dtype_of(*weight, "weight");
+    f.a.weight = data_of(*weight, "weight");
+  }
+  if (bias) {
+    f.a.bias_stride = check_param(*bias, rows, groups, "bias", x_name);
+    const Dtype d = dtype_of(*bias, "bias");
+    STD_TORCH_CHECK(!weight || d == f.param, "bias has dtype ", dtype_name(d), ", weight has ", dtype_name(f.param));
+    f.param = d;
+    f.a.bias = data_of(*bias, "bias");
+  }
+  if (need_stats) {
+    f.stats = empty({rms ? 1 : 2, rows.count}, accumulation(rows.dtype));
+    f.a.rstd = f.stats->mutable_data_ptr();
+    if (!rms) f.a.mean = (char*)f.a.rstd + rows.count * size_of(accumulation(rows.dtype));
+  }
+  f.a.n = rows.n;
+  f.a.rows_per_group = rows.per_group;
+  f.a.eps = eps;
+  f.a.cast = cast;
+  return f;
+}
+
 }  // namespace
 
 std::tuple<Tensor, std::optional<Tensor>> norm_forward(
     const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, int64_t n, int64_t groups, double eps,
-    bool rms, bool need_stats) {
+    bool rms, bool need_stats, bool cast) {
   const Rows rows = rows_of(x, n, groups);
-  NormForward a{};
-  Dtype param = rows.dtype;
-  int64_t weight_stride = 0, bias_stride = 0;
-  if (weight) {
-    weight_stride = check_param(*weight, rows, groups, "weight");
-    param = dtype_of(*weight, "weight");
-    a.weight = data_of(*weight, "weight");
-  }
-  if (bias) {
-    bias_stride = check_param(*bias, rows, groups, "bias");
-    const Dtype d = dtype_of(*bias, "bias");
-    STD_TORCH_CHECK(!weight || d == param, "bias has dtype ", dtype_name(d), ", weight has ", dtype_name(param));
-    param = d;
-    a.bias = data_of(*bias, "bias");
-  }
+  Forward f = prepare_forward(rows, weight, bias, groups, eps, rms, need_stats, cast);
   Tensor y = empty_like(x, rows.dtype);
-  std::optional<Tensor> stats;
-  a.x = data_of(x, "x");
-  a.y = y.mutable_data_ptr();
-  if (need_stats) {
-    stats = empty({rms ? 1 : 2, rows.count}, accumulation(rows.dtype));
-    a.rstd = stats->mutable_data_ptr();
-    if (!rms) a.mean = (char*)a.rstd + rows.count * size_of(accumulation(rows.dtype));
-  }
-  a.n = n;
-  a.x_stride = rows.stride;
-  a.rows_per_group = rows.per_group;
-  a.weight_stride = weight_stride;
-  a.bias_stride = bias_stride;
-  a.eps = eps;
+  f.a.x = data_of(x, "x");
+  f.a.x_stride = rows.stride;
+  f.a.y = y.mutable_data_ptr();
   const Kernels& k = kernels();
-  parallel(rows.count, n, [&](int64_t begin, int64_t end) { k.norm_forward(rows.dtype, param, rms, a, begin, end); });
-  return {std::move(y), std::move(stats)};
+  parallel(rows.count, n, [&](int64_t begin, int64_t end) { k.norm_forward(rows.dtype, f.param, rms, f.a, begin, end); });
+  return {std::move(y), std::move(f.stats)};
 }
 
 namespace {
@@ -112,11 +123,11 @@ const void* check_stats(const Tensor& stats, const Rows& rows, bool rms) {
 }
 
 // The row stride of a tensor that has an element for each of x's.
-int64_t check_like_x(const Tensor& t, const Tensor& x, int64_t n, const char* name) {
+int64_t check_like_x(const Tensor& t, const Tensor& x, int64_t n, const char* name, const char* x_name = "x") {
   STD_TORCH_CHECK(
-      t.scalar_type() == x.scalar_type(), name, " has dtype ", torch::headeronly::toString(t.scalar_type()), ", x has ",
+      t.scalar_type() == x.scalar_type(), name, " has dtype ", torch::headeronly::toString(t.scalar_type()), ", ", x_name, " has ",
       torch::headeronly::toString(x.scalar_type()));
-  STD_TORCH_CHECK(t.numel() == x.numel(), name, " has shape ", shape(t), ", x has ", shape(x));
+  STD_TORCH_CHECK(t.numel() == x.numel(), name, " has shape ", shape(t), ", ", x_name, " has ", shape(x));
   return row_stride(t, n, name);
 }
 
@@ -153,32 +164,34 @@ Tensor reduce(const Tensor& partial, const Rows& rows, int64_t groups, int64_t c
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> norm_backward(
-    const Tensor& dy, const Tensor& x, const Tensor& stats, const std::optional<Tensor>& weight, int64_t n, int64_t groups, bool rms,
-    ScalarType param_dtype, bool need_dx, bool need_dw, bool need_db) {
-  const Rows rows = rows_of(x, n, groups);
+namespace {
+
+// dw and db, and what the kernel writes through a.dx or a.after. `x_name` is what messages call x.
+std::tuple<Tensor, Tensor> run_backward(
+    NormBackward& a, const Rows& rows, const Tensor& dy, const Tensor& x, const Tensor& stats, const std::optional<Tensor>& weight,
+    int64_t groups, bool rms, ScalarType param_dtype, bool need_dw, bool need_db, const char* x_name = "x") {
+  const int64_t n = rows.n;
   const Dtype acc = accumulation(rows.dtype);
-  NormBackward a{};
-  a.dy_stride = check_like_x(dy, x, n, "dy");
+  a.dy_stride = check_like_x(dy, x, n, "dy", x_name);
   a.dy = data_of(dy, "dy");
-  a.x = data_of(x, "x");
+  a.x = data_of(x, x_name);
   a.n = n;
   a.x_stride = rows.stride;
-  if (need_dx || need_dw) {
+  if (a.dx || a.after || need_dw) {
     a.rstd = check_stats(stats, rows, rms);
     if (!rms) a.mean = (const char*)a.rstd + rows.count * size_of(acc);
   }
   Dtype weight_dtype = rows.dtype;
   if (weight) {
-    a.weight_stride = check_param(*weight, rows, groups, "weight");
+    a.weight_stride = check_param(*weight, rows, groups, "weight", x_name);
     weight_dtype = dtype_of(*weight, "weight");
     a.weight = data_of(*weight, "weight");
   }
   Dtype out_dtype = rows.dtype;
   if (param_dtype != x.scalar_type()) {
     STD_TORCH_CHECK(
-        param_dtype == ScalarType::Float && rows.dtype != Dtype::f64, "param_dtype is ", torch::headeronly::toString(param_dtype),
-        ", x has ", dtype_name(rows.dtype));
+        param_dtype == ScalarType::Float && rows.dtype != Dtype::f64, "param_dtype is ", torch::headeronly::toString(param_dtype), ", ",
+        x_name, " has ", dtype_name(rows.dtype));
     out_dtype = Dtype::f32;
   }
 
@@ -186,10 +199,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(
   a.rows_per_group = rows.per_group;
   a.chunks_per_group = chunks.per_group;
   a.rows_per_chunk = chunks.rows;
-  Tensor dx = need_dx ? empty_like(x, rows.dtype) : empty({0}, rows.dtype);
   Tensor dw_partial = empty({need_dw ? groups * chunks.per_group : 0, n}, acc);
   Tensor db_partial = empty({need_db ? groups * chunks.per_group : 0, n}, acc);
-  a.dx = need_dx ? dx.mutable_data_ptr() : nullptr;
   a.dw_partial = need_dw ? dw_partial.mutable_data_ptr() : nullptr;
   a.db_partial = need_db ? db_partial.mutable_data_ptr() : nullptr;
   const Kernels& k = kernels();
@@ -198,6 +209,19 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(
   });
   Tensor dw = need_dw ? reduce(dw_partial, rows, groups, chunks.per_group, out_dtype) : empty({0}, out_dtype);
   Tensor db = need_db ? reduce(db_partial, rows, groups, chunks.per_group, out_dtype) : empty({0}, out_dtype);
+  return {std::move(dw), std::move(db)};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> norm_backward(
+    const Tensor& dy, const Tensor& x, const Tensor& stats, const std::optional<Tensor>& weight, int64_t n, int64_t groups, bool rms,
+    ScalarType param_dtype, bool need_dx, bool need_dw, bool need_db) {
+  const Rows rows = rows_of(x, n, groups);
+  NormBackward a{};
+  Tensor dx = need_dx ? empty_like(x, rows.dtype) : empty({0}, rows.dtype);
+  a.dx = need_dx ? dx.mutable_data_ptr() : nullptr;
+  auto [dw, db] = run_backward(a, rows, dy, x, stats, weight, groups, rms, param_dtype, need_dw, need_db);
   return {std::move(dx), std::move(dw), std::move(db)};
 }
 
@@ -259,11 +283,97 @@ std::tuple<Tensor, Tensor, Tensor> norm_double_backward(
   return {std::move(grad_dy), std::move(grad_x), std::move(grad_w)};
 }
 
+namespace {
+
+// The dtype of x, which is added to a sum of dtype `sum`.
+Dtype check_addend(ScalarType x, Dtype sum, const char* name, const char* sum_name) {
+  const bool fits = x == scalar_type(sum) || (sum == Dtype::f32 && (x == ScalarType::BFloat16 || x == ScalarType::Half));
+  STD_TORCH_CHECK(fits, name, " is ", torch::headeronly::toString(x), ", ", sum_name, " has ", dtype_name(sum));
+  return x == scalar_type(sum) ? sum : x == ScalarType::BFloat16 ? Dtype::bf16 : Dtype::f16;
+}
+
+Dropout dropout_of(const std::optional<Tensor>& seed, double p) {
+  STD_TORCH_CHECK(p >= 0 && p < 1, "dropout_p is ", p, ", expected at least 0 and below 1");
+  STD_TORCH_CHECK(seed.has_value() == (p > 0), "seed is ", seed ? "a tensor" : "None", ", dropout_p is ", p, ": one takes the other");
+  if (!seed) return {};
+  STD_TORCH_CHECK(seed->is_cpu(), "seed is not on the CPU, the sum is");
+  STD_TORCH_CHECK(
+      seed->scalar_type() == ScalarType::Long, "seed has dtype ", torch::headeronly::toString(seed->scalar_type()), ", expected Long");
+  STD_TORCH_CHECK(seed->numel() == 1, "seed has shape ", shape(*seed), ", expected one element");
+  const uint64_t threshold = (uint64_t)(p * 0x1p32 + 0.5);
+  return {true, *(const uint64_t*)data_of(*seed, "seed"), (uint32_t)std::min<uint64_t>(threshold, 0xffffffffu), 1 / (1 - p)};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> add_norm_forward(
+    const Tensor& x, const Tensor& residual, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& seed, int64_t n, double eps, bool rms, double dropout_p, bool need_stats, bool cast) {
+  const Rows rows = rows_of(residual, n, 1, "residual");
+  const Dtype x_dtype = check_addend(x.scalar_type(), rows.dtype, "x's dtype", "residual");
+  STD_TORCH_CHECK(x.numel() == residual.numel(), "x has shape ", shape(x), ", residual has ", shape(residual));
+  AddRows add{};
+  add.x_stride = row_stride(x, n, "x");
+  add.residual_stride = rows.stride;
+  add.dropout = dropout_of(seed, dropout_p);
+  add.x = data_of(x, "x");
+  add.residual = data_of(residual, "residual");
+  add.n = n;
+  Forward f = prepare_forward(rows, weight, bias, 1, eps, rms, need_stats, cast, "residual");
+  Tensor summed = empty_like(residual, rows.dtype), y = empty_like(residual, rows.dtype);
+  add.summed = summed.mutable_data_ptr();
+  f.a.x = add.summed;
+  f.a.x_stride = n;
+  f.a.y = y.mutable_data_ptr();
+  // A few rows at a time, so that the norm finds them in cache.
+  constexpr int64_t kBytes = 8192;
+  const int64_t step = std::max<int64_t>(1, kBytes / (n * size_of(rows.dtype)));
+  const Kernels& k = kernels();
+  parallel(rows.count, n, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row += step) {
+      const int64_t stop = std::min(end, row + step);
+      k.add(rows.dtype, x_dtype, add, row, stop);
+      k.norm_forward(rows.dtype, f.param, rms, f.a, row, stop);
+    }
+  });
+  if (!f.stats) f.stats = empty({0, rows.count}, accumulation(rows.dtype));
+  return {std::move(y), std::move(summed), std::move(*f.stats)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_backward(
+    const Tensor& dy, const std::optional<Tensor>& dsummed, const Tensor& summed, const Tensor& stats, const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& seed, int64_t n, bool rms, double dropout_p, ScalarType param_dtype, ScalarType x_dtype, bool need_dx,
+    bool need_dresidual, bool need_dw, bool need_db) {
+  const Rows rows = rows_of(summed, n, 1, "summed");
+  AddBackward after{};
+  after.x_dtype = check_addend(x_dtype, rows.dtype, "x_dtype", "summed");
+  after.dropout = dropout_of(seed, dropout_p);
+  if (dsummed) {
+    after.dsummed_stride = check_like_x(*dsummed, summed, n, "dsummed", "summed");
+    after.dsummed = data_of(*dsummed, "dsummed");
+  }
+  // Where dx would be dresidual, there is one of them.
+  const bool same = !after.dropout.any && after.x_dtype == rows.dtype;
+  const bool gives_dresidual = need_dresidual || (need_dx && same), gives_dx = need_dx && !same;
+  Tensor dx = gives_dx ? empty_like(summed, after.x_dtype) : empty({0}, after.x_dtype);
+  Tensor dresidual = gives_dresidual ? empty_like(summed, rows.dtype) : empty({0}, rows.dtype);
+  after.dx = gives_dx ? dx.mutable_data_ptr() : nullptr;
+  after.dresidual = gives_dresidual ? dresidual.mutable_data_ptr() : nullptr;
+  NormBackward a{};
+  if (gives_dx || (gives_dresidual && dsummed)) {
+    a.after = &after;
+  } else {
+    a.dx = after.dresidual;
+  }
+  auto [dw, db] = run_backward(a, rows, dy, summed, stats, weight, 1, rms, param_dtype, need_dw, need_db, "summed");
+  return {std::move(dx), std::move(dresidual), std::move(dw), std::move(db)};
+}
+
 // An operator's result is a tensor, where the function has none.
 std::tuple<Tensor, Tensor> norm_forward_operator(
     const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, int64_t n, int64_t groups, double eps,
-    bool rms, bool need_stats) {
-  auto [y, stats] = norm_forward(x, weight, bias, n, groups, eps, rms, need_stats);
+    bool rms, bool need_stats, bool cast) {
+  auto [y, stats] = norm_forward(x, weight, bias, n, groups, eps, rms, need_stats, cast);
   if (!stats) stats = empty({0, x.numel() / n}, accumulation(dtype_of(x, "x")));
   return {std::move(y), std::move(*stats)};
 }
@@ -272,8 +382,8 @@ std::tuple<Tensor, Tensor> norm_forward_operator(
 
 STABLE_TORCH_LIBRARY(fused_norm, m) {
   m.def(
-      "norm_forward(Tensor x, Tensor? weight, Tensor? bias, int n, int groups, float eps, bool rms, bool need_stats)"
-      " -> (Tensor y, Tensor stats)");
+      "norm_forward(Tensor x, Tensor? weight, Tensor? bias, int n, int groups, float eps, bool rms, bool need_stats,"
+      " bool cast=False) -> (Tensor y, Tensor stats)");
   m.def(
       "norm_backward(Tensor dy, Tensor x, Tensor stats, Tensor? weight, int n, int groups, bool rms, ScalarType param_dtype,"
       " bool need_dx, bool need_dw, bool need_db) -> (Tensor dx, Tensor dw, Tensor db)");
@@ -281,10 +391,19 @@ STABLE_TORCH_LIBRARY(fused_norm, m) {
       "norm_double_backward(Tensor? ddx, Tensor? ddw, Tensor? ddb, Tensor? dy, Tensor x, Tensor stats, Tensor? weight, int n, int groups,"
       " bool rms, ScalarType param_dtype, bool need_ddy, bool need_dx, bool need_dw)"
       " -> (Tensor grad_dy, Tensor grad_x, Tensor grad_w)");
+  m.def(
+      "add_norm_forward(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Tensor? seed, int n, float eps, bool rms, float dropout_p,"
+      " bool need_stats, bool cast) -> (Tensor y, Tensor summed, Tensor stats)");
+  m.def(
+      "add_norm_backward(Tensor dy, Tensor? dsummed, Tensor summed, Tensor stats, Tensor? weight, Tensor? seed, int n, bool rms,"
+      " float dropout_p, ScalarType param_dtype, ScalarType x_dtype, bool need_dx, bool need_dresidual, bool need_dw, bool need_db)"
+      " -> (Tensor dx, Tensor dresidual, Tensor dw, Tensor db)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_norm, CPU, m) {
   m.impl("norm_forward", TORCH_BOX(&fused_norm::norm_forward_operator));
   m.impl("norm_backward", TORCH_BOX(&fused_norm::norm_backward));
   m.impl("norm_double_backward", TORCH_BOX(&fused_norm::norm_double_backward));
+  m.impl("add_norm_forward", TORCH_BOX(&fused_norm::add_norm_forward));
+  m.impl("add_norm_backward", TORCH_BOX(&fused_norm::add_norm_backward));
 }

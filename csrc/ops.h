@@ -13,7 +13,7 @@ namespace fused_norm {
 // No stats unless they are needed: to allocate even an empty tensor is a tenth of a small call.
 std::tuple<torch::stable::Tensor, std::optional<torch::stable::Tensor>> norm_forward(
     const torch::stable::Tensor& x, const std::optional<torch::stable::Tensor>& weight, const std::optional<torch::stable::Tensor>& bias,
-    int64_t n, int64_t groups, double eps, bool rms, bool need_stats);
+    int64_t n, int64_t groups, double eps, bool rms, bool need_stats, bool cast);
 
 std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> norm_backward(
     const torch::stable::Tensor& dy, const torch::stable::Tensor& x, const torch::stable::Tensor& stats,

@@ -10,6 +10,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <tuple>
@@ -342,6 +343,13 @@ PyObject* call(const char* name, PyObject*& op, std::tuple<R...> (*f)(A...), PyO
 
 PyObject* norm_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   static PyObject* op = nullptr;
+  PyObject* all[9];
+  if (count == 8) {  // the last has a default
+    std::copy_n(args, 8, all);
+    all[8] = Py_False;
+    args = all;
+    count = 9;
+  }
   return call("norm_forward", op, &fused_norm::norm_forward, args, count);
 }
 

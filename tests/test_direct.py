@@ -80,8 +80,8 @@ def test_same_bits_as_the_operator(dtypes, layout, poisoned_empty):
             for size in {n, groups * n}:
                 weight, bias = rand(size, dtype=param_dtype), Parameter(rand(size, dtype=param_dtype), False)
                 for w, b in ((weight, bias), (None, None), (weight, None), (None, bias)):
-                    for need_stats in (True, False):
-                        args = (x, w, b, n, groups, 1e-5, rms, need_stats)
+                    for need_stats, *cast in ((True,), (False,), (True, True), (True, False)):  # the last has a default
+                        args = (x, w, b, n, groups, 1e-5, rms, need_stats, *cast)
                         ours, theirs = native.norm_forward(*args), forward(*args)
                         if need_stats:
                             assert same(ours, theirs)
@@ -163,7 +163,8 @@ FORWARD_ERRORS = {
     "freed": (freed(), None, None, 4, 1, 1e-5, False, True),
     "sparse": (X.to_sparse(), None, None, 4, 1, 1e-5, False, True),
     "too few": (X, W, W, 4, 1, 1e-5, False),
-    "too many": (X, W, W, 4, 1, 1e-5, False, True, True),
+    "too many": (X, W, W, 4, 1, 1e-5, False, True, True, True),
+    "cast is text": (X, W, W, 4, 1, 1e-5, False, True, "x"),
     "none": (),
     "no tensor": ([1.0], W, W, 4, 1, 1e-5, False, True),
     "no x": (None, W, W, 4, 1, 1e-5, False, True),

@@ -21,6 +21,36 @@ struct NormForward {
   int64_t weight_stride;   // 0: shared by all groups; n: one set a group
   int64_t bias_stride;     // likewise
   double eps;
+  bool cast;               // xhat is rounded to x's type before the weight and the bias
+};
+
+// An element is kept where its random word is at least `threshold`, and multiplied by `scale` then.
+struct Dropout {
+  bool any;            // false: nothing is dropped, and the rest is not looked at
+  uint64_t seed;
+  uint32_t threshold;
+  double scale;
+};
+
+// summed = x*keep*scale + residual, rounded once, for rows of `n` elements.
+struct AddRows {
+  const void* x;
+  const void* residual;
+  void* summed;            // contiguous
+  int64_t n;
+  int64_t x_stride;        // elements from one row to the next
+  int64_t residual_stride;
+  Dropout dropout;
+};
+
+// What becomes of a norm's dx, before it is rounded, where the norm is that of a sum: d = dx + dsummed.
+struct AddBackward {
+  const void* dsummed;     // may be null
+  void* dresidual;         // d; contiguous, null if not needed
+  void* dx;                // d*keep*scale in `x_dtype`; contiguous, null if not needed
+  int64_t dsummed_stride;
+  Dtype x_dtype;           // the sum's, or bf16 or f16 beside f32
+  Dropout dropout;
 };
 
 // The rows of each group are cut into `chunks_per_group` chunks of `rows_per_chunk` rows (the last may be shorter); each chunk sums dw and
@@ -32,6 +62,7 @@ struct NormBackward {
   const void* mean;    // null for rms
   const void* weight;  // null: as if all ones
   void* dx;            // contiguous; null if not needed
+  const AddBackward* after;  // takes dx in place of memory; null for a norm alone
   void* dw_partial;    // (groups * chunks_per_group, n) in the accumulation type; null if not needed
   void* db_partial;    // likewise
   int64_t n;
@@ -128,6 +159,8 @@ struct Kernels {
   const char* name;
   // rows [begin, end)
   void (*norm_forward)(Dtype dtype, Dtype weight_dtype, bool rms, const NormForward&, int64_t begin, int64_t end);
+  // rows [begin, end); `dtype` is residual's and the sum's, `x_dtype` the same, or bf16 or f16 beside f32
+  void (*add)(Dtype dtype, Dtype x_dtype, const AddRows&, int64_t begin, int64_t end);
   // chunks [begin, end), counted over all groups
   void (*norm_backward)(Dtype dtype, Dtype weight_dtype, bool rms, const NormBackward&, int64_t begin, int64_t end);
   // chunks [begin, end), counted over all groups; `param_dtype` is that of weight, ddw and ddb

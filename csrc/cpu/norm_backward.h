@@ -3,9 +3,11 @@
 //   xhat = (x - mean)*rstd    g = dy*w    dw = sum_rows(dy*xhat)    db = sum_rows(dy)
 //   dx = rstd*(g - c1 - xhat*c2)          c1 = sum(g)/n (left out for RMSNorm)    c2 = sum(g*xhat)/n
 //
-// The first sweep gives c1 and c2, the second dx, and dw and db added to the chunk's partial rows.
+// The first sweep gives c1 and c2, the second dx, and dw and db added to the chunk's partial rows. Where the norm is that of a sum, `After`,
+// the second goes run by run of columns, and what is made of dx (add.h) is made of each run.
 #pragma once
 
+#include "add.h"
 #include "kernels.h"
 #include "vec.h"
 
@@ -61,10 +63,12 @@ FUSED_NORM_NOINLINE RowSums<A> backward_sums(const T* dy, const T* x, const T* d
 }
 
 // Rows [row, row + R): c1 and c2 of each, then dx of each and their share of dw and db.
-template <typename T, typename W, bool Rms, bool HasWeight, bool Dx, bool Dw, bool Db, int R, typename A = Acc<T>>
-FUSED_NORM_INLINE void backward_rows(const NormBackward& a, int64_t row, const W* weight, A* dw, A* db, const Tail<A>& tail) {
+template <typename T, typename W, bool Rms, bool HasWeight, bool Dx, bool Dw, bool Db, int R, typename After, typename A = Acc<T>>
+FUSED_NORM_INLINE void backward_rows(
+    const NormBackward& a, int64_t row, const W* weight, A* dw, A* db, const Tail<A>& tail, After& after) {
   using V = Vec<A>;
   constexpr int64_t L = kLanes<A>;
+  constexpr bool HasAfter = !__is_same(After, Nothing);
   const int64_t n = a.n;
   const T* dy[R];
   const T* x[R];
@@ -73,7 +77,8 @@ FUSED_NORM_INLINE void backward_rows(const NormBackward& a, int64_t row, const W
   for (int r = 0; r < R; r++) {
     dy[r] = (const T*)a.dy + (row + r) * a.dy_stride;
     x[r] = (const T*)a.x + (row + r) * a.x_stride;
-    dx[r] = (T*)a.dx + (Dx ? (row + r) * n : 0);
+    if constexpr (HasAfter) dx[r] = after.written(row + r);
+    else dx[r] = (T*)a.dx + (Dx ? (row + r) * n : 0);
     if constexpr (Dx || Dw) {
       const A m = Rms ? A(0) : ((const A*)a.mean)[row + r];
       const A s = ((const A*)a.rstd)[row + r];
@@ -112,26 +117,39 @@ FUSED_NORM_INLINE void backward_rows(const NormBackward& a, int64_t row, const W
     if constexpr (Db) sum_into(db, db_sum);
     if constexpr (Dx) {
 #pragma GCC unroll 4
-      for (int r = 0; r < R; r++) store_at(dx[r], dxv[r]);
+      for (int r = 0; r < R; r++) store_at(r, dxv[r]);
     }
   };
-  for (int64_t i = 0; i + L <= n; i += L) {
-    columns(
-        [&](const T* p) { return load(p + i); }, [&] { return load(weight + i); }, [&](T* p, V v) { store(p + i, v); },
-        [&](A* p, V v) { store(p + i, load(p + i) + v); });
-  }
-  if (tail.any) {
-    columns(
-        [&](const T* p) { return tail.load(p); }, [&] { return tail.load(weight); }, [&](T* p, V v) { tail.store(p, v); },
-        [&](A* p, V v) { tail.store(p, tail.load(p) + tail.keep(v)); });
+  for (int64_t begin = 0, end; begin < n; begin = end) {
+    end = HasAfter ? run_end<A>(begin, n) : n;
+    for (int64_t i = begin; i + L <= end; i += L) {
+      columns(
+          [&](const T* p) { return load(p + i); }, [&] { return load(weight + i); },
+          [&](int r, V v) {
+            if constexpr (HasAfter) store(after.at(r) + (i - begin), v);
+            else store(dx[r] + i, v);
+          },
+          [&](A* p, V v) { store(p + i, load(p + i) + v); });
+    }
+    if (tail.any && end == n) {
+      columns(
+          [&](const T* p) { return tail.load(p); }, [&] { return tail.load(weight); },
+          [&](int r, V v) {
+            if constexpr (HasAfter) tail.store(after.at(r), v, begin);
+            else tail.store(dx[r], v);
+          },
+          [&](A* p, V v) { tail.store(p, tail.load(p) + tail.keep(v)); });
+    }
+    if constexpr (HasAfter) after.run(row, R, begin, end, tail);
   }
 }
 
-template <typename T, typename W, bool Rms, bool HasWeight, bool Dx, bool Dw, bool Db>
+template <typename T, typename W, bool Rms, bool HasWeight, bool Dx, bool Dw, bool Db, bool HasAfter = false>
 void backward_chunks(const NormBackward& a, int64_t begin, int64_t end) {
   using A = Acc<T>;
   const int64_t n = a.n;
   const Tail<A> tail(n);
+  typename Choice<HasAfter, AfterBackward<T, 4>, Nothing>::type after(a);
   for (int64_t chunk = begin; chunk < end; chunk++) {
     const int64_t group = chunk / a.chunks_per_group;
     const int64_t first = (chunk - group * a.chunks_per_group) * a.rows_per_chunk;
@@ -145,30 +163,33 @@ void backward_chunks(const NormBackward& a, int64_t begin, int64_t end) {
     int64_t row = group * a.rows_per_group + first;
     const int64_t stop = row + rows;
     // Four rows share one visit to w, dw and db.
-    for (; row + 4 <= stop; row += 4) backward_rows<T, W, Rms, HasWeight, Dx, Dw, Db, 4>(a, row, weight, dw, db, tail);
-    for (; row < stop; row++) backward_rows<T, W, Rms, HasWeight, Dx, Dw, Db, 1>(a, row, weight, dw, db, tail);
+    for (; row + 4 <= stop; row += 4) backward_rows<T, W, Rms, HasWeight, Dx, Dw, Db, 4>(a, row, weight, dw, db, tail, after);
+    for (; row < stop; row++) backward_rows<T, W, Rms, HasWeight, Dx, Dw, Db, 1>(a, row, weight, dw, db, tail, after);
   }
+}
+
+template <typename T, typename W, bool Rms, bool HasWeight, bool HasAfter>
+void backward_params(const NormBackward& a, int64_t begin, int64_t end) {
+  const bool dw = a.dw_partial, db = a.db_partial;
+  if (dw && db) return backward_chunks<T, W, Rms, HasWeight, true, true, true, HasAfter>(a, begin, end);
+  if (dw) return backward_chunks<T, W, Rms, HasWeight, true, true, false, HasAfter>(a, begin, end);
+  if (db) return backward_chunks<T, W, Rms, HasWeight, true, false, true, HasAfter>(a, begin, end);
+  return backward_chunks<T, W, Rms, HasWeight, true, false, false, HasAfter>(a, begin, end);
 }
 
 template <typename T, typename W, bool Rms>
 void backward_needs(const NormBackward& a, int64_t begin, int64_t end) {
   const bool dw = a.dw_partial, db = a.db_partial;
-  if (!a.dx) {  // the weight plays no part
-    if (dw && db) return backward_chunks<T, T, Rms, false, false, true, true>(a, begin, end);
-    if (dw) return backward_chunks<T, T, Rms, false, false, true, false>(a, begin, end);
-    if (db) return backward_chunks<T, T, Rms, false, false, false, true>(a, begin, end);
-    return;
+  if (a.after) {
+    return a.weight ? backward_params<T, W, Rms, true, true>(a, begin, end) : backward_params<T, T, Rms, false, true>(a, begin, end);
   }
-  if (a.weight) {
-    if (dw && db) return backward_chunks<T, W, Rms, true, true, true, true>(a, begin, end);
-    if (dw) return backward_chunks<T, W, Rms, true, true, true, false>(a, begin, end);
-    if (db) return backward_chunks<T, W, Rms, true, true, false, true>(a, begin, end);
-    return backward_chunks<T, W, Rms, true, true, false, false>(a, begin, end);
+  if (a.dx) {
+    return a.weight ? backward_params<T, W, Rms, true, false>(a, begin, end) : backward_params<T, T, Rms, false, false>(a, begin, end);
   }
-  if (dw && db) return backward_chunks<T, T, Rms, false, true, true, true>(a, begin, end);
-  if (dw) return backward_chunks<T, T, Rms, false, true, true, false>(a, begin, end);
-  if (db) return backward_chunks<T, T, Rms, false, true, false, true>(a, begin, end);
-  return backward_chunks<T, T, Rms, false, true, false, false>(a, begin, end);
+  // The weight plays no part.
+  if (dw && db) return backward_chunks<T, T, Rms, false, false, true, true>(a, begin, end);
+  if (dw) return backward_chunks<T, T, Rms, false, false, true, false>(a, begin, end);
+  if (db) return backward_chunks<T, T, Rms, false, false, false, true>(a, begin, end);
 }
 
 template <typename T, typename W>

@@ -3,7 +3,7 @@
 //   m = x0 + sum(x - x0)/n    off = sum(x - m)/n    mean = m + off    var = sum((x - m)^2)/n - off^2
 //   rstd = 1/sqrt(var + eps)    y = (x - mean)*rstd*w + b
 //
-// RMSNorm leaves the mean out. x0 is the row's first element; where it lies far from the rest m has lost digits, and off
+// With `cast`, (x - mean)*rstd is rounded to x's type before w and b. RMSNorm leaves the mean out. x0 is the row's first element; where it lies far from the rest m has lost digits, and off
 // gives them back.
 #pragma once
 
@@ -50,7 +50,7 @@ FUSED_NORM_INLINE R sum_row(int64_t n, const Tail<A>& tail, const Add& add, cons
   return total;
 }
 
-template <typename T, typename W, bool Rms, bool HasWeight, bool HasBias>
+template <typename T, typename W, bool Rms, bool HasWeight, bool HasBias, bool Cast = false>
 void forward_rows(const NormForward& a, int64_t begin, int64_t end) {
   using A = Acc<T>;
   using V = Vec<A>;
@@ -104,7 +104,8 @@ void forward_rows(const NormForward& a, int64_t begin, int64_t end) {
 
     const V vrstd = splat<A>(rstd);
     const auto affine = [&](V v, auto&& weight_at, auto&& bias_at) {
-      const V xhat = centre(v) * vrstd;
+      V xhat = centre(v) * vrstd;
+      if constexpr (Cast) xhat = rounded<T>(xhat);
       if constexpr (HasWeight && HasBias) return fma(xhat, weight_at(), bias_at());
       else if constexpr (HasWeight) return xhat * weight_at();
       else if constexpr (HasBias) return xhat + bias_at();
@@ -121,6 +122,12 @@ void forward_rows(const NormForward& a, int64_t begin, int64_t end) {
 
 template <typename T, typename W, bool Rms>
 void forward_affine(const NormForward& a, int64_t begin, int64_t end) {
+  if constexpr (sizeof(T) == 2) {
+    // Without weight and bias y is that rounding.
+    if (a.cast && a.weight && a.bias) return forward_rows<T, W, Rms, true, true, true>(a, begin, end);
+    if (a.cast && a.weight) return forward_rows<T, W, Rms, true, false, true>(a, begin, end);
+    if (a.cast && a.bias) return forward_rows<T, W, Rms, false, true, true>(a, begin, end);
+  }
   if (a.weight && a.bias) return forward_rows<T, W, Rms, true, true>(a, begin, end);
   if (a.weight) return forward_rows<T, W, Rms, true, false>(a, begin, end);
   if (a.bias) return forward_rows<T, W, Rms, false, true>(a, begin, end);

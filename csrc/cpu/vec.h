@@ -255,6 +255,31 @@ FUSED_NORM_INLINE void store(Half* p, VecF v) {
 #endif
 }
 
+// v rounded to T and back.
+template <typename T>
+FUSED_NORM_INLINE Vec<Acc<T>> rounded(Vec<Acc<T>> v) {
+  if constexpr (sizeof(T) == sizeof(Acc<T>)) return v;
+  T lanes[kLanes<Acc<T>>];
+  store(lanes, v);
+  return load(lanes);
+}
+template <>
+FUSED_NORM_INLINE VecF rounded<BFloat16>(VecF v) {
+  const VecU u = (VecU)v;
+  const VecU r = (u + (((u >> 16) & 1u) + 0x7fffu)) & 0xffff0000u;  // as store does
+  return (VecF)select(v != v, u, r);
+}
+#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
+template <>
+FUSED_NORM_INLINE VecF rounded<Half>(VecF v) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return (VecF)_mm512_cvtph_ps(_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  return (VecF)_mm256_cvtph_ps(_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#endif
+}
+#endif
+
 // ---- selection, extremes, elementary functions ----
 
 // mask ? a : b, lane by lane
@@ -459,14 +484,15 @@ struct Tail {
     for (int i = 0; i < lanes; i++) mask[i] = (i >= first && i < count) ? -1 : 0;
   }
 
+  // `row` is the row from column `first` on, which is 0 in a short row and at most `start` in another.
   template <typename T>
-  FUSED_NORM_INLINE Vec<A> load(const T* row) const {
-    if (__builtin_expect(count == lanes, 1)) return fused_norm::load(row + start);
+  FUSED_NORM_INLINE Vec<A> load(const T* row, int64_t first = 0) const {
+    if (__builtin_expect(count == lanes, 1)) return fused_norm::load(row + (start - first));
     return load_short(row);
   }
   template <typename T>
-  FUSED_NORM_INLINE void store(T* row, Vec<A> v) const {
-    if (__builtin_expect(count == lanes, 1)) return fused_norm::store(row + start, v);
+  FUSED_NORM_INLINE void store(T* row, Vec<A> v, int64_t first = 0) const {
+    if (__builtin_expect(count == lanes, 1)) return fused_norm::store(row + (start - first), v);
     store_short(row, v);
   }
   FUSED_NORM_INLINE Vec<A> keep(Vec<A> v) const { return (Vec<A>)((Mask<A>)v & mask); }

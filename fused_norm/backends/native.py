@@ -107,6 +107,55 @@ def _norm_backward_cuda(
     )
 
 
+def _add_norm_forward_composed(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    n: int,
+    eps: float,
+    rms: bool,
+    dropout_p: float,
+    need_stats: bool,
+    cast: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Without a kernel of our own for the addition: torch's operations, then the norm's kernel."""
+    summed = reference.add_dropped(x.reshape(residual.shape), residual, seed, dropout_p).contiguous()
+    y, stats = norm_forward(summed, weight, bias, n, 1, eps, rms, need_stats, cast)
+    return y, summed, stats
+
+
+def _add_norm_backward_composed(
+    dy: Tensor,
+    dsummed: Tensor | None,
+    summed: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    seed: Tensor | None,
+    n: int,
+    rms: bool,
+    dropout_p: float,
+    param_dtype: torch.dtype,
+    x_dtype: torch.dtype,
+    need_dx: bool,
+    need_dresidual: bool,
+    need_dw: bool,
+    need_db: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    need_d = need_dx or need_dresidual
+    if not need_d or (dsummed is None and seed is None and x_dtype == summed.dtype):
+        d, dw, db = norm_backward(dy, summed, stats, weight, n, 1, rms, param_dtype, need_d, need_dw, need_db)
+        return None, d, dw, db
+    # In the accumulation type, so that d is rounded after the addition alone.
+    dy, wide, weight = (None if t is None else t.to(stats.dtype) for t in (dy, summed, weight))
+    d, dw, db = norm_backward(dy, wide, stats, weight, n, 1, rms, stats.dtype, True, need_dw, need_db)
+    d = d if dsummed is None else d + dsummed.reshape(d.shape)
+    dx = d if seed is None else d * reference.dropout_mask(seed, d, dropout_p)
+    dw, db = (t.to(param_dtype) if need else None for t, need in ((dw, need_dw), (db, need_db)))
+    return dx.to(x_dtype), d.to(summed.dtype), dw, db
+
+
 if not _cpu_missing:
     from .. import _C
 
@@ -128,6 +177,18 @@ if not _cpu_missing:
         if x.is_cpu:
             return _C.norm_double_backward(ddx, ddw, ddb, dy, x, *args)
         return reference.norm_double_backward(ddx, ddw, ddb, dy, x, *args)
+
+    def add_norm_forward(x, residual, *args):
+        """The contract's function: the operator, which has a kernel on the CPU alone; elsewhere composed."""
+        if residual.is_cpu:
+            return torch.ops.fused_norm.add_norm_forward.default(x, residual, *args)
+        return _add_norm_forward_composed(x, residual, *args)
+
+    def add_norm_backward(dy, dsummed, summed, *args):
+        """The contract's function, likewise."""
+        if summed.is_cpu:
+            return torch.ops.fused_norm.add_norm_backward.default(dy, dsummed, summed, *args)
+        return _add_norm_backward_composed(dy, dsummed, summed, *args)
 
     def _ticks_operator(operator, *args):
         try:
@@ -192,6 +253,8 @@ else:
 
     norm_backward = norm_forward
     norm_double_backward = norm_forward
+    add_norm_forward = norm_forward
+    add_norm_backward = norm_forward
     ticks_forward = norm_forward
     ticks_backward = norm_forward
 
