@@ -175,7 +175,7 @@ def _checked_add_norm(
     if eps is None and rms:
         eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     n = n if type(eps) in (float, int) else None
-    if n is not None:
+    if n is not None and (weight is not None or bias is not None):
         weight, bias = checked_params(rms, residual, shape, weight, bias)
     backend = dispatch.select("norm", device_type) if n is not None and not by_parts else None
     if n is None or (backend is None and not by_parts):

@@ -29,7 +29,15 @@ def _stats_dtype(x: Tensor) -> torch.dtype:
 
 
 def _norm_forward_fake(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, n: int, groups: int, eps: float, rms: bool, need_stats: bool
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    groups: int,
+    eps: float,
+    rms: bool,
+    need_stats: bool,
+    cast: bool = False,
 ) -> tuple[Tensor, Tensor]:
     rows = x.numel() // n
     kept = (1 if rms else 2) if need_stats else 0
@@ -53,6 +61,48 @@ def _norm_backward_fake(
     dw = x.new_empty((groups, n) if need_dw else (0,), dtype=param_dtype)
     db = x.new_empty((groups, n) if need_db else (0,), dtype=param_dtype)
     return dx, dw, db
+
+
+def _add_norm_forward_fake(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    n: int,
+    eps: float,
+    rms: bool,
+    dropout_p: float,
+    need_stats: bool,
+    cast: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, stats = _norm_forward_fake(residual, weight, bias, n, 1, eps, rms, need_stats)
+    return y, torch.empty_like(y), stats
+
+
+def _add_norm_backward_fake(
+    dy: Tensor,
+    dsummed: Tensor | None,
+    summed: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    seed: Tensor | None,
+    n: int,
+    rms: bool,
+    dropout_p: float,
+    param_dtype: torch.dtype,
+    x_dtype: torch.dtype,
+    need_dx: bool,
+    need_dresidual: bool,
+    need_dw: bool,
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    apart = seed is not None or x_dtype != summed.dtype  # dx is not dresidual
+    dx = summed.new_empty(summed.shape if need_dx and apart else (0,), dtype=x_dtype)
+    dresidual = summed.new_empty(summed.shape if need_dresidual or (need_dx and not apart) else (0,))
+    dw = summed.new_empty((1, n) if need_dw else (0,), dtype=param_dtype)
+    db = summed.new_empty((1, n) if need_db else (0,), dtype=param_dtype)
+    return dx, dresidual, dw, db
 
 
 def _norm_double_backward_fake(
@@ -110,6 +160,8 @@ _FAKES = {
     "ticks_forward": _ticks_forward_fake,
     "native_ticks_forward": _ticks_forward_fake,
     "ticks_backward": _ticks_backward_fake,
+    "add_norm_forward": _add_norm_forward_fake,
+    "add_norm_backward": _add_norm_backward_fake,
     "norm_forward": _norm_forward_fake,
     "norm_backward": _norm_backward_fake,
     "norm_double_backward": _norm_double_backward_fake,

@@ -275,6 +275,7 @@ class Operation:
     outputs: tuple[str, ...] = ("y",)
     modes: tuple[str, ...] = ("vjp", "jvp", "gradcheck", "gradgradcheck", "vmap", "hessian")
     mixed: bool = False  # whether it takes fp32 parameters beside bf16 and fp16 input
+    parts: bool = False  # whether ``call`` makes it of several of torch's functions, where torch has none for it
     torch_limits: tuple[TorchLimit, ...] = ()
 
 
@@ -337,6 +338,76 @@ def _norm_jvp(sample: Sample, tangents: Tensors) -> Tensors:
         dx, dw, db, None, x, stats, w, n, 1, rms, torch.float64, need_ddy=True, need_dx=False, need_dw=False
     )
     return y, derivative
+
+
+def _seeded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A call that draws the same mask each time."""
+    device = args[0].device.type
+    with _own_rng(device):
+        torch.manual_seed(7)
+        return function(*args, **kwargs)
+
+
+def _add_norm_samples(rms: bool, mode: str, slow: bool, draw: Draw) -> Iterator[Sample]:
+    for sample in _norm_samples(rms, mode, slow, draw):
+        x, *params = sample.inputs.items()
+        inputs = dict([x, ("r", draw.like(x[1], "contiguous")), *params])
+        # Not where vmap would refuse to draw, nor where torch's own dropout draws, which does so in its own way in each
+        # mode and rounds its result.
+        ours = dispatch.select("norm", draw.device) is not None
+        drops = ours and draw.dtype in (torch.float64, torch.float32)
+        drops = drops and (mode == "gradgradcheck" or (mode == "vjp" and not slow))
+        for p in (0.0, 0.25) if drops else (0.0,):
+            label = f"{sample.label}, dropout" if p else sample.label
+            yield replace(sample, label=label, inputs=inputs, fixed=sample.fixed | {"dropout_p": p})
+
+
+def _add_norm_call(
+    namespace: ModuleType, sample: Sample, x: Tensor, r: Tensor, w: Tensor | None = None, b: Tensor | None = None
+) -> Tensors:
+    fixed = sample.fixed
+    if namespace is F:
+        if fixed["dropout_p"]:
+            raise RuntimeError("torch's dropout draws another mask")
+        return _norm_call(F, sample, x + r, w, b), x + r
+    args = (x, r, fixed["shape"], w, *([] if fixed["rms"] else [b]), fixed["eps"])
+    function = namespace.add_rms_norm if fixed["rms"] else namespace.add_layer_norm
+    if not fixed["dropout_p"]:
+        return function(*args)
+    return _seeded(function, *args, dropout_p=fixed["dropout_p"])
+
+
+def _add_norm_mask(sample: Sample, x: Tensor) -> Tensor:
+    """What dropout multiplies by in :func:`_add_norm_call`, as the backend in use draws it; 1.0 without dropout."""
+    if not sample.fixed["dropout_p"]:
+        return torch.ones((), dtype=torch.float64, device=x.device)
+    ones = torch.ones(x.shape, dtype=x.dtype, device=x.device)
+    return _add_norm_call(FF, sample, ones, torch.zeros_like(ones))[1].double()
+
+
+def _add_norm_formula(sample: Sample, x: Tensor, r: Tensor, w: Tensor | None = None, b: Tensor | None = None):
+    summed = x * _add_norm_mask(sample, x).to(x.dtype) + r
+    return _norm_formula(sample, summed, w, b), summed
+
+
+def _add_norm_sum(sample: Sample, x: Tensor, r: Tensor) -> Tensor:
+    """The sum rounded to x's dtype: it is the norm's input."""
+    return (x.double() * _add_norm_mask(sample, x) + r.double()).to(x.dtype)
+
+
+def _add_norm_vjp(sample: Sample, upstream: Tensors) -> Tensors:
+    x, r, *params = sample.inputs.items()
+    summed = _add_norm_sum(sample, x[1], r[1])
+    truth = _norm_vjp(replace(sample, inputs=dict([("x", summed), *params])), upstream)
+    d = truth[1] + upstream[1].double()
+    return truth[0], summed.double(), d * _add_norm_mask(sample, x[1]), d, *truth[2:]
+
+
+def _add_norm_jvp(sample: Sample, tangents: Tensors) -> Tensors:
+    x, r, *params = sample.inputs.items()
+    summed, direction = (_add_norm_sum(sample, *pair) for pair in ((x[1], r[1]), tangents[:2]))
+    y, derivative = _norm_jvp(replace(sample, inputs=dict([("x", summed), *params])), (direction, *tangents[2:]))
+    return y, summed.double(), derivative, direction.double()
 
 
 def _norm_check_limit(name: str) -> Callable[[Tensor, torch.dtype, float], float]:
@@ -440,6 +511,23 @@ def _norm(name: str, rms: bool, **options: Any) -> Operation:
     )
 
 
+def _add_norm(name: str, rms: bool, **options: Any) -> Operation:
+    return Operation(
+        name,
+        "norm",
+        samples=partial(_add_norm_samples, rms),
+        call=_add_norm_call,
+        formula=_add_norm_formula,
+        limit=_norm_check_limit,
+        vjp=_add_norm_vjp,
+        jvp=_add_norm_jvp,
+        parts=True,
+        outputs=("y", "summed"),
+        mixed=True,
+        **options,
+    )
+
+
 def _ticks(name: str, coefficients: tuple[float, float], linear: bool = False, **options: Any) -> Operation:
     named = ("label_smoothing", "weight") if name.endswith("ticks_loss") else tuple(_TICKS_OPTIONS)
     return Operation(
@@ -461,6 +549,8 @@ OPERATIONS: dict[str, Operation] = {
     for op in (
         _norm("layer_norm", rms=False, torch_limits=(_WRONG_HESSIAN, _TANGENT_DTYPE)),
         _norm("rms_norm", rms=True),
+        _add_norm("add_layer_norm", rms=False, torch_limits=(_WRONG_HESSIAN, _TANGENT_DTYPE)),
+        _add_norm("add_rms_norm", rms=True),
         _ticks("ticks_cross_entropy", (1.0, 0.5), ticks_weight=0.5),
         _ticks("ticks_loss", (0.0, 1.0)),
         _ticks("linear_ticks_cross_entropy", (1.0, 0.5), linear=True, ticks_weight=0.5),
@@ -502,7 +592,7 @@ class _Run:
 
     def _torch(self, run: Callable[[Callable[..., Tensors]], Tensors], results: int) -> tuple[Tensor | None, ...]:
         """What torch's own function gives, or as many Nones: where it has none, or cannot."""
-        if not hasattr(F, self.op.name):
+        if not (self.op.parts or hasattr(F, self.op.name)):
             return (None,) * results
         try:
             return run(_positional(partial(self.op.call, F), self.sample))
