@@ -1,4 +1,4 @@
-"""Swap the norms of a model for the fused ones, and back.
+"""Swap the norms of a model for the fused ones, and the residual additions before them, and back.
 
 A swap changes the module's class and nothing else: the object, its Parameters, buffers, hooks and name stay, so
 optimisers, tied weights, state_dict, deepcopy and pickle do not notice.
@@ -10,24 +10,55 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from . import adapters, adapters_blocks  # noqa: F401 (adapters_blocks registers what it knows)
 from .modules import LayerNorm, RMSNorm
 
 _SWAPS: dict[type[nn.Module], type[nn.Module]] = {nn.LayerNorm: LayerNorm, nn.RMSNorm: RMSNorm}
-_ORIGINAL = "_fused_norm_original_class"  # on a swapped module: what unpatch gives back
+_FORWARDS = {cls: cls.forward for cls in _SWAPS}  # as torch has them: somebody may patch the class
+_ORIGINAL = "_fused_norm_original_class"  # on a swapped module of torch's classes: what unpatch gives back
+_OWN_FORWARD = "its forward was replaced on the module itself, as accelerate's hooks and kernelize do"
 
 
 @dataclass
 class PatchReport:
-    """What :func:`patch` did: ``swapped`` names what it swapped, ``left`` the other norms, with the reason for each."""
+    """What :func:`patch` did.
+
+    Attributes:
+        swapped: the names of the norms it swapped.
+        residual: the names of the blocks whose residual addition now joins the norm after it.
+        left: the other norms, with the reason for each.
+        residual_left: the other blocks that look as if they added a residual before a norm, with the reason for each.
+    """
 
     swapped: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
+    residual: list[str] = field(default_factory=list)
+    residual_left: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [f"fused_norm: {len(self.swapped)} norms swapped, {len(self.left)} left"]
+        lines = [
+            f"fused_norm: {len(self.swapped)} norms swapped, {len(self.left)} left; "
+            f"{len(self.residual)} residual blocks swapped, {len(self.residual_left)} left"
+        ]
         lines += [f"  swapped {name}" for name in self.swapped]
         lines += [f"  left    {name}: {reason}" for name, reason in self.left.items()]
+        lines += [f"  swapped {name} (residual)" for name in self.residual]
+        lines += [f"  left    {name} (residual): {reason}" for name, reason in self.residual_left.items()]
         return "\n".join(lines)
+
+
+def _fused_class(module: nn.Module) -> type[nn.Module] | None:
+    """The class to give to ``module``, a norm or a block; None to leave it."""
+    cls = type(module)
+    if "forward" in module.__dict__:
+        return None
+    if cls in _SWAPS:
+        return _SWAPS[cls] if cls.forward is _FORWARDS[cls] else None
+    return adapters.adapter(cls)
+
+
+def _is_fused(cls: type) -> bool:
+    return cls in _SWAPS.values() or adapters.stock_class(cls) is not None or cls.__module__ == LayerNorm.__module__
 
 
 def _reason_left(module: nn.Module) -> str | None:
@@ -35,20 +66,60 @@ def _reason_left(module: nn.Module) -> str | None:
     cls = type(module)
     if getattr(module, "original_name", None) in {base.__name__ for base in _SWAPS}:
         return f"{module.original_name} is compiled by TorchScript"
-    if cls in _SWAPS.values():
+    looks = isinstance(module, tuple(_SWAPS)) or ("norm" in cls.__name__.lower() and not any(module.children()))
+    if not looks:
+        return None
+    if _is_fused(cls):
         return f"{cls.__name__} is fused already"
+    if "forward" in module.__dict__:
+        return f"{cls.__qualname__}: {_OWN_FORWARD}"
+    if cls in _SWAPS:
+        return f"{cls.__qualname__}.forward was replaced for all of its kind"
+    if adapters.find(cls) is not None:
+        return f"{cls.__qualname__} computes what a norm of transformers does, but is {cls.__module__}'s own"
     for base in _SWAPS:
         if isinstance(module, base):
             return f"{cls.__qualname__} is a subclass of nn.{base.__name__}, which may compute something else"
-    if "norm" in cls.__name__.lower() and not any(module.children()):
-        return f"{cls.__qualname__} is not a norm this package knows"
-    return None
+    return f"{cls.__qualname__} of {cls.__module__} is not a norm this package knows"
 
 
-def patch(model: nn.Module) -> PatchReport:
-    """Swap every exact :class:`torch.nn.LayerNorm` and :class:`torch.nn.RMSNorm` in ``model``, in place.
+_BLOCKS = ("Layer", "Block", "Output")
+_TORCH_BLOCKS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
-    Subclasses and unknown norms are reported and left alone. Patching twice changes nothing more.
+
+def _block_reason_left(module: nn.Module) -> str | None:
+    """Why ``module``, which looks like a residual block, is not swapped; None if it does not look like one."""
+    cls = type(module)
+    fused_norms = [name for name, child in module.named_children() if adapters.fusable(child)]
+    if isinstance(module, _TORCH_BLOCKS):
+        return (
+            f"{cls.__qualname__} is torch's, whose eval mode runs one kernel for the whole layer, with norms of its own"
+        )
+    if adapters.block_norms(cls):
+        return None
+    if not fused_norms or not adapters.is_transformers(cls) or not cls.__name__.endswith(_BLOCKS):
+        return None
+    if "forward" in module.__dict__:
+        return f"{cls.__qualname__}: {_OWN_FORWARD}"
+    return f"{cls.__qualname__} is not a block this package knows; its norms ({', '.join(fused_norms)}) are fused alone"
+
+
+def patch(model: nn.Module, *, residual: bool = True) -> PatchReport:
+    """Swap the norms in ``model`` for fused ones, in place, and join residual additions to them.
+
+    Norms: every exact :class:`torch.nn.LayerNorm` and :class:`torch.nn.RMSNorm`, and the norms of transformers whose
+    code this package knows: RMSNorm of Llama and some 140 copies of it, of T5, Gemma, OLMo 2; LayerNorm of OLMo,
+    Cohere, Nemotron, DeBERTa and others. Blocks: the output blocks of BERT and its copies, the layers of Llama and its
+    copies, of GPT-2, OPT, BART, Whisper, CLIP, ViT and others.
+
+    What is not known is left and reported: subclasses, norms of other packages, code that came with a checkpoint,
+    classes and modules whose forward somebody replaced. A fused block looks at each call whether its norm and its
+    dropout still are what they were, and nobody watches them by hooks, and if not calls them one by one. Patching twice
+    changes nothing more.
+
+    Args:
+        model: any module.
+        residual: False for the norms alone. It does not give back blocks swapped before: :func:`unpatch` does.
 
     Returns:
         A :class:`PatchReport`, which prints as a list of what was swapped and what was left, and why.
@@ -59,14 +130,32 @@ def patch(model: nn.Module) -> PatchReport:
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch takes a torch.nn.Module, not {type(model).__name__}")
     report = PatchReport()
+    blocks = []
     for name, module in model.named_modules():
-        fused = _SWAPS.get(type(module))
-        if fused is not None:
-            module.__dict__[_ORIGINAL] = type(module)
+        name = name or "(the model itself)"
+        fused = _fused_class(module)
+        if fused is not None and adapters.block_norms(fused):
+            blocks.append((name, module, fused))
+        elif fused is not None:
+            if type(module) in _SWAPS:
+                module.__dict__[_ORIGINAL] = type(module)
             module.__class__ = fused
-            report.swapped.append(name or "(the model itself)")
+            report.swapped.append(name)
         elif (reason := _reason_left(module)) is not None:
-            report.left[name or "(the model itself)"] = reason
+            report.left[name] = reason
+    if not residual:
+        return report
+    for name, module, fused in blocks:
+        norms = {attribute: getattr(module, attribute, None) for attribute in adapters.block_norms(fused)}
+        if any(adapters.fusable(norm) for norm in norms.values()):
+            module.__class__ = fused
+            report.residual.append(name)
+        else:
+            found = ", ".join(f"{attribute} is {type(norm).__name__}" for attribute, norm in norms.items())
+            report.residual_left[name] = f"{type(module).__qualname__}: its norm is not fused ({found})"
+    for name, module in model.named_modules():
+        if (reason := _block_reason_left(module)) is not None:
+            report.residual_left.setdefault(name or "(the model itself)", reason)
     return report
 
 
@@ -84,7 +173,10 @@ def unpatch(model: nn.Module) -> list[str]:
         raise TypeError(f"unpatch takes a torch.nn.Module, not {type(model).__name__}")
     given_back = []
     for name, module in model.named_modules():
-        if type(module) in _SWAPS.values() and _ORIGINAL in module.__dict__:
-            module.__class__ = module.__dict__.pop(_ORIGINAL)
+        stock = adapters.stock_class(type(module))
+        if type(module) in _SWAPS.values():
+            stock = module.__dict__.pop(_ORIGINAL, None)
+        if stock is not None:
+            module.__class__ = stock
             given_back.append(name or "(the model itself)")
     return given_back
