@@ -140,7 +140,7 @@ def dropout_mask(seed: Tensor, like: Tensor, p: float) -> Tensor:
 
 def add_dropped(x: Tensor, residual: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
     """x*keep/(1 - dropout_p) + residual, rounded once to residual's dtype."""
-    x = x.to(accumulation_dtype(residual))
+    x = x.to(accumulation_dtype(residual)).reshape(residual.shape)
     if seed is not None:
         x = x * dropout_mask(seed, x, dropout_p)
     return (x + _acc(residual)).to(residual.dtype)

@@ -55,9 +55,9 @@ Mathematics, per row (docs/math.md has the derivations)
     again without the plain means for ``rms``.
 Add and norm
     summed = x*keep/(1 - dropout_p) + residual, rounded once to residual's dtype; y and stats are norm_forward's of
-    *that*, of one group. ``residual`` is rows as x is, of the same shape; y and summed have its dtype, fresh and
-    contiguous. ``x`` has its dtype, or is bf16 or fp16 beside fp32 residual. ``dropout_p`` is in [0, 1), and ``seed``
-    None exactly where it is 0; else int64, one element, on x's device, and never read by the host.
+    *that*, of one group. ``residual`` is rows as x is, as many, in another shape perhaps; y and summed have its dtype,
+    fresh and contiguous. ``x`` has its dtype, or is bf16 or fp16 beside fp32 residual. ``dropout_p`` is in [0, 1), and
+    ``seed`` None exactly where it is 0; else int64, one element, on x's device, where the kernel reads it.
     keep of element i, counted over the logical (M, n) rows, is ``r_i >= min(floor(dropout_p*2^32 + 0.5), 2^32 - 1)``,
     r_i the word ``i % 4`` of Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011) with
     the key (low, high half of seed) and the counter (low, high half of i // 4, 0, 0): the same mask on every backend.
