@@ -136,6 +136,15 @@ def stock_class(cls: type) -> type | None:
     return _REGISTRY.stocks.get(cls)
 
 
+def known_base(cls: type[nn.Module], blocks: bool) -> type[nn.Module] | None:
+    """The first class above ``cls`` that is an adapter, or has one, of a block or of a norm."""
+    for base in cls.__mro__[1:]:
+        fused = base if base in _REGISTRY.stocks else adapter(base) if issubclass(base, nn.Module) else None
+        if fused is not None and bool(block_norms(fused)) == blocks:
+            return base
+    return None
+
+
 def block_norms(cls: type) -> tuple[str, ...]:
     """The attributes that hold the norms of an adapter of residual blocks; empty for any other class."""
     return _REGISTRY.blocks.get(cls, ())
@@ -584,15 +593,14 @@ class _DebertaLayerNorm:
 
 
 def _plan_nemotron(module: nn.LayerNorm, n: int, dtype: torch.dtype) -> Call | None:
-    """1 + weight. Under CUDA autocast (and that alone) the stock forward casts its input to autocast's dtype, where
-    layer_norm would have fp32."""
+    """1 + weight. Under CUDA autocast (and that alone) the stock forward casts all to autocast's dtype, where
+    layer_norm would have fp32; without, parameters in a dtype that torch refuses are left for it to refuse."""
     weight, bias = module.weight, module.bias
-    if not _fits(weight, n, dtype) or (bias is not None and not _fits(bias, n, dtype)):
+    if not _fits(weight, n, dtype) or (bias is not None and (bias.shape != (n,) or bias.dtype != weight.dtype)):
         return None
     first = torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled() else dtype
-    weight, bias = _beside(weight, first), bias if bias is None else _beside(bias, first)
-    if bias is not None and bias.dtype != weight.dtype:
-        weight, bias = weight.float(), bias.float()
+    if weight.dtype != first and (weight.dtype != torch.float32 or first not in _HALF):
+        return None
     return Call(False, (n,), weight, bias, module.eps, 1.0, first=None if first == dtype else first)
 
 

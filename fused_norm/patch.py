@@ -66,8 +66,9 @@ def _reason_left(module: nn.Module) -> str | None:
     cls = type(module)
     if getattr(module, "original_name", None) in {base.__name__ for base in _SWAPS}:
         return f"{module.original_name} is compiled by TorchScript"
-    looks = isinstance(module, tuple(_SWAPS)) or ("norm" in cls.__name__.lower() and not any(module.children()))
-    if not looks:
+    base = next((base for base in _SWAPS if isinstance(module, base)), None) or adapters.known_base(cls, blocks=False)
+    named = "norm" in cls.__name__.lower() and not any(module.children())
+    if (base is None and not named) or adapters.block_norms(cls):
         return None
     if _is_fused(cls):
         return f"{cls.__name__} is fused already"
@@ -77,9 +78,9 @@ def _reason_left(module: nn.Module) -> str | None:
         return f"{cls.__qualname__}.forward was replaced for all of its kind"
     if adapters.find(cls) is not None:
         return f"{cls.__qualname__} computes what a norm of transformers does, but is {cls.__module__}'s own"
-    for base in _SWAPS:
-        if isinstance(module, base):
-            return f"{cls.__qualname__} is a subclass of nn.{base.__name__}, which may compute something else"
+    if base is not None:
+        name = f"nn.{base.__name__}" if base in _SWAPS else base.__name__
+        return f"{cls.__qualname__} is a subclass of {name}, which may compute something else"
     return f"{cls.__qualname__} of {cls.__module__} is not a norm this package knows"
 
 
@@ -97,6 +98,8 @@ def _block_reason_left(module: nn.Module) -> str | None:
         )
     if adapters.block_norms(cls):
         return None
+    if (base := adapters.known_base(cls, blocks=True)) is not None:
+        return f"{cls.__qualname__} is a subclass of {base.__name__}, which may compute something else"
     if not fused_norms or not adapters.is_transformers(cls) or not cls.__name__.endswith(_BLOCKS):
         return None
     if "forward" in module.__dict__:
