@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 TINY = ["--shapes", "6x8", "--seconds", "2", "--device", "cpu"]
 NORMS, LOSSES = (OPS["layer_norm"], OPS["rms_norm"]), (OPS["ticks_cross_entropy"], OPS["linear_ticks_cross_entropy"])
+ADD_NORMS = [op for op in OPS.values() if op.group == "add-norms"]
 #: A small case of each loss.
 SHAPE = {"ticks_cross_entropy": (12, 33), "linear_ticks_cross_entropy": (12, 33, 7)}
 
@@ -82,7 +83,13 @@ def test_bytes_of_the_ticks_loss_by_hand():
 
 @pytest.mark.parametrize(
     ("op", "units"),
-    [*((op, (2, 2, 3, 5)) for op in NORMS), (LOSSES[0], (1, 1, 2, 3))],
+    [
+        *((op, (2, 2, 3, 5)) for op in NORMS),
+        (LOSSES[0], (1, 1, 2, 3)),
+        (OPS["add_layer_norm"], (4, 4, 4, 8)),
+        (OPS["dropout_add_layer_norm"], (4, 4, 4, 8)),
+        (OPS["dropout_add_rms_norm"], (4, 4, 5, 9)),
+    ],
     ids=lambda v: getattr(v, "name", ""),
 )
 def test_bytes_are_whole_units_for_large_tensors(op, units):
@@ -196,7 +203,7 @@ def test_a_loss_is_timed_with_the_upstream_gradient_of_loss_backward_and_judged_
     for leaf, grad in zip(inputs.leaf_tensors, timed, strict=True):
         (expected,) = torch.autograd.grad(op.baseline(*inputs.args), leaf)
         assert torch.equal(grad, expected) and inputs.upstream.item() == pytest.approx(0.7)
-    found, _ = gate.answer(op.providers["torch"], op.baseline, inputs)
+    found, _ = gate.answer(op.providers["torch"], op, op.baseline, inputs)
     torch.testing.assert_close(found["dx"], timed[0] * inputs.upstream)
 
 
@@ -306,6 +313,32 @@ def test_the_gate_lets_a_right_one_pass():
     verdict = judge(lambda x, w, b: Bent.apply(x, w, b, "none"))
     assert verdict.status == "ok" and set(verdict.errors) == {"y", "y without grad", "dx", "dw", "db"}
     assert judge(lambda x, w, b: F.rms_norm(x, x.shape[-1:], w, 1e-6), op="rms_norm").status == "ok"
+
+
+@pytest.mark.parametrize("op", ADD_NORMS, ids=lambda op: op.name)
+@pytest.mark.parametrize("which", ["", "y", "summed", "dx", "dr", "mask"])
+def test_the_gate_of_the_add_norms(op, which):
+    """Each output and gradient is judged, with the mask that this very call draws."""
+    calls = []
+
+    def call(x, r, w, b):
+        calls.append(1)
+        if which == "mask" and op.name.startswith("dropout") and len(calls) == 2:
+            x = torch.cat([x[:1] * 0, x[1:]])  # another mask without grad than with
+        if which == "dx":
+            x = Scaled.apply(x)
+        if which == "dr":
+            r = Scaled.apply(r)
+        y, summed = op.fused(x, r, w, b)
+        return y * (1.1 if which == "y" else 1.0), summed * (1.1 if which == "summed" else 1.0)
+
+    verdict = judge_among(op, op.make_inputs((40, 24), torch.float32, CPU), Provider("planted", lambda: call))
+    if not which or (which == "mask" and not op.name.startswith("dropout")):
+        assert verdict.status == "ok", verdict.reason
+        assert {"y", "summed", "dx", "dr", "dw", "y without grad", "summed without grad"} <= verdict.errors.keys()
+    else:
+        assert verdict.status == "wrong"
+        assert which == "mask" or any(part.startswith(which) for part in verdict.reason.split("; ")), verdict.reason
 
 
 def test_the_gate_sees_a_block_of_rows_in_the_middle(monkeypatch):
@@ -674,7 +707,7 @@ def test_both_losses_run(tmp_path, capsys):
     ("argv", "said"),
     [
         ("--provider nobody", "'nobody' is none of torch,"),
-        ("--op nothing", "'nothing' is none of norms, ticks, layer_norm,"),
+        ("--op nothing", "'nothing' is none of norms, add-norms, ticks, layer_norm,"),
         ("--op linear_ticks_cross_entropy --shapes 4x5", "none of m x n x h for linear_ticks_cross_entropy"),
         ("--op linear_ticks_cross_entropy --pass backward", "has none of backward, but forward+backward,"),
         ("--op norms --provider ce:torch", "layer_norm has none of ce:torch, but torch,"),
@@ -703,8 +736,9 @@ def test_every_default_provider_runs_or_says_why_not(op):
     for name in providers.default_providers(op, quick=False):
         reason = op.providers[name].unavailable(CPU)
         assert reason is None or reason.strip()
-    liger = next(p for name, p in op.providers.items() if name in ("liger", "ce:liger"))
-    assert "liger" in liger.unavailable(CPU)
+    liger = [p for name, p in op.providers.items() if name in ("liger", "ce:liger")]
+    assert all("liger" in p.unavailable(CPU) for p in liger)
+    assert len(liger) == (op.group != "add-norms" or op.name == "add_rms_norm")  # it has no other
     assert "interpreter, which is not timed" in op.providers["fused:triton"].unavailable(CPU)
 
 

@@ -1,9 +1,10 @@
 """The benchmark harness: ``main(argv)`` is the command line, the modules beside it are tables and small functions.
 
-``operation`` says what an operation brings: inputs, truth, the bytes each pass must move, shapes, providers; ``norms``
-and ``losses`` are those there are, ``cases`` their names, ``providers`` the implementations compared. ``gate`` decides
-whether a provider's answer is right; ``timing`` and ``memory`` measure; ``environment`` describes the machine; ``run``
-puts them together. Only torch is needed: triton, liger-kernel and cut-cross-entropy are used where installed.
+``operation`` says what an operation brings: inputs, truth, the bytes each pass must move, shapes, providers; ``norms``,
+``add_norms`` and ``losses`` are those there are, ``cases`` their names, ``providers`` the implementations compared.
+``gate`` decides whether a provider's answer is right; ``timing`` and ``memory`` measure; ``environment`` describes the
+machine; ``run`` puts them together. Only torch is needed: triton, liger-kernel and cut-cross-entropy are used where
+installed.
 """
 
 from __future__ import annotations

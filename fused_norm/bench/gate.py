@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..testing import relative_error
-from .operation import BASELINE, Call, Inputs, Op, Provider, row_blocks
+from .operation import BASELINE, Call, Inputs, Op, Provider, as_tuple, gradients, row_blocks
 
 #: Relative error below which an answer counts as right. The gate tells wrong from right, not good from better (the
 #: tests do that, by far tighter rules): ten or more roundings are allowed, so kernels with statistics in bf16 pass.
@@ -37,30 +37,35 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
-def answer(provider: Provider, call: Call, inputs: Inputs) -> tuple[dict[str, Tensor], str]:
-    """What the provider computes: output, gradients, and the output once more without grad (another path in most);
+def answer(provider: Provider, op: Op, call: Call, inputs: Inputs) -> tuple[dict[str, Tensor], str]:
+    """What the provider computes: outputs, gradients, and the outputs once more without grad (another path in most);
     and why there are no gradients, if it has no backward."""
     grads, no_backward = (), ""
     with provider.context():
         own = inputs.without_sharing(provider.overwrites)
-        y = call(*own.args)
+        outputs = call(*own.args)
         try:
-            grads = torch.autograd.grad(y, own.leaf_tensors, inputs.upstream.to(y.dtype))
+            upstream = tuple(
+                None if u is None else u.to(o.dtype)
+                for o, u in zip(as_tuple(outputs), as_tuple(inputs.upstream), strict=True)
+            )
+            grads = gradients(outputs, own.leaf_tensors, upstream)
         except NotImplementedError as e:
             no_backward = describe(e)
-        y = y.detach()
+        found = dict(zip(op.outputs, (o.detach() for o in as_tuple(outputs)), strict=True))
         own = inputs.without_sharing(provider.overwrites)
         with torch.no_grad():
             plain = call(*own.args)
-    names = (f"d{name}" for name in inputs.leaves)
-    return {"y": y, "y without grad": plain, **dict(zip(names, grads, strict=False))}, no_backward
+    for name, o in zip(op.outputs, as_tuple(plain), strict=True):
+        found[f"{name} without grad"] = o
+    return found | dict(zip((f"d{name}" for name in inputs.leaves), grads, strict=False)), no_backward
 
 
 def _errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
     """Relative errors; where a tensor has the input's rows, as y and dx may, the largest over blocks of rows."""
     errors = {}
     for key, actual in found.items():
-        t = truth["y" if key == "y without grad" else key]
+        t = truth[key.removesuffix(" without grad")]
         if key in ("dw", "db") or t.dim() < 2:
             errors[key] = relative_error(actual, t)
         elif actual.shape != t.shape:
@@ -75,17 +80,21 @@ def judge(op: Op, inputs: Inputs, providers: list[Provider]) -> tuple[dict[str, 
     input or is off is not to be timed."""
     calls: dict[str, Call] = {}
     verdicts: dict[str, Verdict] = {}
-    shared = {**inputs.tensors, "dy": inputs.upstream}
+    upstream = as_tuple(inputs.upstream)
+    shared = {**inputs.tensors, **{f"d{name}": u for name, u in zip(op.outputs, upstream, strict=True)}}
     before = {key: t.detach().clone() for key, t in shared.items() if t is not None}
     # One function's truth at a time, and one provider's answer: at large sizes either fills much of a device.
     for function in dict.fromkeys(p.function for p in providers):
-        truth = op.truths[function](inputs)
+        truth = op.truths[function](inputs) if op.truth_of_call is None else {}
         for p in (p for p in providers if p.function == function):
             begin = time.perf_counter()
             try:
                 calls[p.name] = p.make()
-                found, no_backward = answer(p, calls[p.name], inputs)
+                found, no_backward = answer(p, op, calls[p.name], inputs)
                 seconds = time.perf_counter() - begin
+                if op.truth_of_call is not None:
+                    with p.context():
+                        truth = op.truth_of_call(inputs, calls[p.name])
                 verdict = Verdict("ok", "", _errors(found, truth), no_backward, seconds)
                 del found
             except Exception as e:  # whatever a provider raises is its verdict, the others go on

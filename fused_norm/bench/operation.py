@@ -11,8 +11,11 @@ from torch import Tensor
 
 Shape = tuple[int, ...]
 
-#: Takes one case's tensors in the order of `Inputs.tensors`, gives the output.
-Call = Callable[..., Tensor]
+#: Takes one case's tensors in the order of `Inputs.tensors`, gives the output, or several.
+Call = Callable[..., Tensor | tuple[Tensor, ...]]
+
+#: A gradient for the output, or one for each, None where none reaches it.
+Upstream = Tensor | tuple[Tensor | None, ...]
 
 PASSES = ("forward", "backward", "forward+backward", "forward-nograd")
 
@@ -45,8 +48,8 @@ class Inputs:
 
     tensors: dict[str, Tensor | None]
     leaves: tuple[str, ...]
-    upstream: Tensor
-    timed_upstream: Tensor | None = None
+    upstream: Upstream
+    timed_upstream: Upstream | None = None
 
     @property
     def args(self) -> tuple[Tensor | None, ...]:
@@ -64,6 +67,20 @@ class Inputs:
         """The same with copies of the tensors named; as a model's output, no leaf is among them."""
         copies = {name: self.tensors[name].detach().requires_grad_(name in self.leaves).clone() for name in names}
         return replace(self, tensors={**self.tensors, **copies})
+
+
+def as_tuple(outputs: Tensor | tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def gradients(
+    outputs: Tensor | tuple[Tensor, ...], leaves: tuple[Tensor, ...], upstream: Upstream | None, **options: bool
+) -> tuple[Tensor, ...]:
+    """``torch.autograd.grad`` of those outputs that an upstream gradient reaches; None for it is the number 1."""
+    if upstream is None:
+        return torch.autograd.grad(outputs, leaves, **options)
+    reached = [(o, u) for o, u in zip(as_tuple(outputs), as_tuple(upstream), strict=True) if u is not None]
+    return torch.autograd.grad([o for o, _ in reached], leaves, [u for _, u in reached], **options)
 
 
 @dataclass(frozen=True)
@@ -98,9 +115,11 @@ class Op:
 
     ``baseline`` is what a user of torch writes; ``fused`` calls ours. ``dims`` names a shape's numbers, of `DIMS`.
     ``inputs(shape, dtype, device, seed)`` makes a case. ``truths[function](inputs)`` gives the fp64 truth: y, and for
-    each leaf its gradient, under d and the leaf's name. ``bytes_moved(pass, shape, dtype)`` counts the bytes of an
-    ideal pass, None where that says nothing. ``dtypes`` are those that run unless others are asked for, by device type.
-    ``note`` is told above its table. ``providers`` is what it is compared with, by name.
+    each leaf its gradient, under d and the leaf's name; ``truth_of_call(inputs, call)`` gives it in their place where
+    it depends on the call, by a random mask. ``outputs`` names what a call gives, where that is more than y.
+    ``bytes_moved(pass, shape, dtype)`` counts the bytes of an ideal pass, None where that says nothing. ``dtypes`` are
+    those that run unless others are asked for, by device type. ``note`` is told above its table. ``providers`` is what
+    it is compared with, by name.
     """
 
     name: str
@@ -114,6 +133,8 @@ class Op:
     shapes: Mapping[str, tuple[Shape, ...]]
     quick_shapes: Mapping[str, tuple[Shape, ...]]
     passes: tuple[str, ...] = PASSES
+    outputs: tuple[str, ...] = ("y",)
+    truth_of_call: Callable[[Inputs, Call], dict[str, Tensor]] | None = None
     dtypes: Mapping[str, tuple[str, ...]] = field(
         default_factory=lambda: dict.fromkeys(("cpu", "cuda"), ("fp32", "bf16"))
     )

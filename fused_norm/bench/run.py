@@ -22,7 +22,7 @@ import torch
 from ..progress import Progress
 from . import environment, gate, timing
 from .cases import GROUPS, OPS
-from .operation import BASELINE, DIMS, DTYPES, PASSES, Call, Inputs, Op, Provider, Shape
+from .operation import BASELINE, DIMS, DTYPES, PASSES, Call, Inputs, Op, Provider, Shape, as_tuple, gradients
 from .providers import default_providers
 
 #: The name under which x.clone() runs beside the providers: it reads once, writes once and allocates, as a norm does.
@@ -125,9 +125,9 @@ def prepare(pass_name: str, call: Call, inputs: Inputs) -> Callable[[], object]:
     args, leaves, upstream = inputs.args, inputs.leaf_tensors, inputs.timed_upstream
     if pass_name == "backward":
         y = call(*args)
-        return lambda: torch.autograd.grad(y, leaves, upstream, retain_graph=True)
+        return lambda: gradients(y, leaves, upstream, retain_graph=True)
     if pass_name == "forward+backward":
-        return lambda: torch.autograd.grad(call(*args), leaves, upstream)
+        return lambda: gradients(call(*args), leaves, upstream)
     return lambda: call(*args)
 
 
@@ -167,7 +167,8 @@ def time_pass(
             rows.append(row(op, pass_name, dtype_name, shape, name, "skipped", reason))
             continue
         own = inputs.without_sharing(provider.overwrites)
-        held = tuple(t for t in (*own.args, own.timed_upstream) if t is not None)
+        upstream = () if own.timed_upstream is None else as_tuple(own.timed_upstream)
+        held = tuple(t for t in (*own.args, *upstream) if t is not None)
         ready, entered = partial(prepare, pass_name, call, own), partial(context, pass_name, provider)
         contenders.append(timing.Contender(name, ready, entered, held))
     samples = timing.time_group(contenders, clock, seconds)
@@ -199,7 +200,8 @@ def time_pass(
 
 def add_errors(row: Row, verdict: gate.Verdict) -> None:
     e = verdict.errors
-    row.err_y = max(e["y"], e["y without grad"]) if "y" in e else None
+    outputs = [error for key, error in e.items() if key.removesuffix(" without grad") in ("y", "summed")]
+    row.err_y = max(outputs, default=None)
     row.err_dx, row.err_dw, row.err_db = e.get("dx"), e.get("dw"), e.get("db")
 
 
