@@ -20,7 +20,7 @@ $(VENV)/.ready: $(SOURCES) | $(VENV)/bin/python
 # editable_mode=compat puts this folder on the path and nothing else. The default's import hook would lend our built
 # extension to any other fused_norm that a test installs.
 	$(PY) -m pip install -q --no-build-isolation --config-settings editable_mode=compat \
-		-e ".[triton,test,bench,examples,lint]"
+		-e ".[triton,test,bench,examples,integrations,lint]"
 	touch $@
 
 $(VENV)/.model: | $(VENV)/.ready
