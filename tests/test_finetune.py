@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,7 +83,7 @@ def make_small(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(examples, small, tmp_path_factory) -> tuple[Path, str]:
-    """The folder and the printed output of one uninterrupted run with both norms."""
+    """The folder and the printed output of one uninterrupted run of all three."""
     folder = tmp_path_factory.mktemp("whole")
     threads, output = torch.get_num_threads(), io.StringIO()
     with contextlib.redirect_stdout(output):
@@ -110,10 +111,11 @@ def differences(a: object, b: object, where: str = "") -> list[str]:
     return [] if a == b else [f"{where}: {a} and {b}"]
 
 
-def test_both_norms_from_end_to_end(whole):
+def test_all_three_from_end_to_end(whole):
     folder, output = whole
     for line in (
         "norms swapped",
+        "residual blocks swapped",
         "accuracy, test",
         "NLL, test",
         "ECE, test",
@@ -122,15 +124,50 @@ def test_both_norms_from_end_to_end(whole):
         "gradients of step 1",
     ):
         assert re.search(rf"^  {line}", output, re.MULTILINE), f"the table has no line {line!r}:\n{output}"
-    assert re.search(r"norms swapped +0 of 5 +5 of 5\n", output)
+    assert re.search(r"norms swapped +0 of 5 +5 of 5 +5 of 5\n", output)
+    assert re.search(r"residual blocks swapped +0 +0 +4\n", output)
+    assert re.search(r"gradients of step 1 +\S+ off +other masks\n", output)
+    assert len(re.findall(r"^Time of torch / (?:fused norms|and residual), step by step: median \d", output, re.M)) == 2
+    assert "draws other dropout masks than torch from the same seed" in output
     assert (folder / "losses.png").read_bytes().startswith(b"\x89PNG")
 
     state = checkpoint(folder)
-    stock, fused = state["runs"]["torch"], state["runs"]["fused"]
-    assert len(stock["losses"]) == len(fused["losses"]) == 2 * 7
+    stock, fused, residual = (state["runs"][name] for name in ("torch", "fused", "residual"))
+    assert len(stock["losses"]) == len(fused["losses"]) == len(residual["losses"]) == 2 * 7
     assert stock["losses"] == pytest.approx(fused["losses"], rel=1e-2)  # the same rows and the same dropout masks
     assert state["results"]["gradients"][1] < 1e-4
-    assert max(accuracy for accuracy, *_ in fused["dev"]) > 0.8  # it learns, and is judged against the right labels
+    for run in (fused, residual):
+        assert max(accuracy for accuracy, *_ in run["dev"]) > 0.8  # it learns, and is judged against the right labels
+    # Other masks: losses that are alike and not the same.
+    assert residual["losses"] != pytest.approx(stock["losses"], rel=1e-3)
+    assert residual["losses"] == pytest.approx(stock["losses"], abs=0.35)
+
+
+def test_without_dropout_the_residual_run_is_the_others(examples, small, tmp_path):
+    """What differs is the masks alone."""
+    script, _ = examples
+    folder = tmp_path / "model"
+    shutil.copytree(small[1], folder)
+    config = json.loads((folder / "config.json").read_text())
+    changed = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    assert config.keys() >= changed.keys()
+    (folder / "config.json").write_text(json.dumps(config | changed))
+    args = script.parse_arguments([*small, "--epochs", "1", "--model", str(folder), "--output", str(tmp_path / "out")])
+    stock, fused, residual = script.train(script.load_task(args), args, {})
+    assert (stock.blocks, fused.blocks, residual.blocks) == (0, 0, 4)
+    for run in (fused, residual):
+        assert run.losses == pytest.approx(stock.losses, rel=1e-4)
+
+
+def test_each_run_is_first_and_before_the_others_equally_often(examples):
+    script, _ = examples
+    for count in (1, 2, 3):
+        runs = [*"abc"[:count]]
+        turns = [script.in_turn(runs, step) for step in range(2 * count)]
+        for a in runs:
+            assert sum(turn[0] == a for turn in turns) == 2
+            for b in {*runs} - {a}:
+                assert sum(turn.index(a) < turn.index(b) for turn in turns) == count
 
 
 LOSSES = {
@@ -391,10 +428,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     table = re.compile(r"^  (?:epoch|accuracy|NLL|ECE|entropy|gradients).*$", re.MULTILINE)
 
     function, call = {
-        "in the first epoch": ("train_step", 8),  # one run has done its 4th step: the other must still do so
-        "in the second epoch": ("train_step", 20),
-        "during dev": ("evaluate", 2),  # between the two runs
-        "during test": ("evaluate", 5),
+        "in the first epoch": ("train_step", 8),  # one run has done its 3rd step: the others must still do so
+        "in the second epoch": ("train_step", 29),
+        "during dev": ("evaluate", 2),  # between two runs
+        "during test": ("evaluate", 8),
     }[when]
     original, calls = getattr(script, function), []
 
@@ -409,7 +446,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         assert finetune([*small, "--output", "parts"]) == 130
     assert "add --resume to go on" in capsys.readouterr().out
     if function == "train_step":
-        assert [run.name for run, *_ in calls[:4]] == ["torch", "fused", "fused", "torch"], "one always goes first"
+        first = ["torch", "fused", "residual", "fused", "residual", "torch"]
+        assert [run.name for run, *_ in calls[:6]] == first, "one always goes first"
     steps = {name: len(run["losses"]) for name, run in checkpoint(tmp_path / "parts")["runs"].items()}
     assert steps["torch"] == steps["fused"], "it stopped between the two runs"
 
