@@ -77,9 +77,12 @@ class Known:
     plan: Callable | None = None  # of a norm: see Call
     forward: Callable | None = None  # or, where a plan does not say it, the adapter's forward
     base: type[nn.Module] | None = None  # the class is a direct subclass of this, where forward depends on it
+    only: type[nn.Module] | None = None  # not a class of transformers, but this one of torch's
     norms: tuple[str, ...] = ()  # of a residual block: the attributes that hold norms; empty for a norm
 
     def knows(self, cls: type[nn.Module]) -> bool:
+        if self.only not in (None, cls):
+            return False
         if self.base is not None and cls.__bases__ != (self.base,):
             return False
         for name, expected in self.stock.items():
@@ -155,13 +158,18 @@ def is_transformers(cls: type) -> bool:
     return cls.__module__.startswith("transformers.models.")
 
 
+_TORCH = {cls: cls.forward for cls in (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)}
+
+
 def find(cls: type[nn.Module]) -> Known | None:
     """What is known of ``cls``, wherever it comes from."""
     return next((entry for entry in _KNOWN if entry.knows(cls)), None)
 
 
 def _build(cls: type[nn.Module]) -> type[nn.Module] | None:
-    entry = find(cls) if is_transformers(cls) and cls not in _REGISTRY.stocks else None
+    # An adapter has its stock class's module, too. A forward of torch's that somebody replaced is not torch's.
+    ours = _TORCH.get(cls) is cls.forward if cls in _TORCH else is_transformers(cls) and cls not in _REGISTRY.stocks
+    entry = find(cls) if ours else None
     if entry is None:
         return None
     stock, adapted = cls.forward, entry.forward

@@ -460,6 +460,166 @@ def _stablelm_layer(
     return residual + self.dropout(self.mlp(hidden_states))
 
 
+class _StockGptOssLayer:
+    def forward(
+        self,
+        hidden_states,
+        attention_mask=None,
+        position_ids=None,
+        cache=None,
+        use_cache=False,
+        position_embeddings=None,
+        **kwargs,
+    ):
+        residual = hidden_states
+        hidden_states = self.input_layernorm(hidden_states)
+        hidden_states, _ = self.self_attn(
+            hidden_states=hidden_states,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        hidden_states = residual + hidden_states
+        residual = hidden_states
+        hidden_states = self.post_attention_layernorm(hidden_states)
+        hidden_states, _ = self.mlp(hidden_states)
+        hidden_states = residual + hidden_states
+        return hidden_states
+
+
+@known(_StockGptOssLayer, norms=("post_attention_layernorm",))
+def _gpt_oss_layer(
+    self,
+    hidden_states,
+    attention_mask=None,
+    position_ids=None,
+    cache=None,
+    use_cache=False,
+    position_embeddings=None,
+    **kwargs,
+):
+    attention, _ = self.self_attn(
+        hidden_states=self.input_layernorm(hidden_states),
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        cache=cache,
+        use_cache=use_cache,
+        position_embeddings=position_embeddings,
+        **kwargs,
+    )
+    hidden_states, residual = add_norm(self.post_attention_layernorm, attention, hidden_states)
+    return residual + self.mlp(hidden_states)[0]
+
+
+class _StockPersimmonLayer:
+    def forward(
+        self,
+        hidden_states,
+        attention_mask=None,
+        position_ids=None,
+        cache=None,
+        use_cache=False,
+        position_embeddings=None,
+        **kwargs,
+    ):
+        residual = hidden_states
+        hidden_states = self.input_layernorm(hidden_states)
+        hidden_states, _ = self.self_attn(
+            hidden_states=hidden_states,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        hidden_states = residual + hidden_states
+        residual = hidden_states
+        hidden_states = self.post_attention_layernorm(hidden_states)
+        hidden_states = self.mlp(hidden_states)
+        hidden_states = self.dropout(hidden_states)
+        hidden_states = hidden_states + residual
+        return hidden_states
+
+
+@known(_StockPersimmonLayer, norms=("post_attention_layernorm",))
+def _persimmon_layer(
+    self,
+    hidden_states,
+    attention_mask=None,
+    position_ids=None,
+    cache=None,
+    use_cache=False,
+    position_embeddings=None,
+    **kwargs,
+):
+    attention, _ = self.self_attn(
+        hidden_states=self.input_layernorm(hidden_states),
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        cache=cache,
+        use_cache=use_cache,
+        position_embeddings=position_embeddings,
+        **kwargs,
+    )
+    hidden_states, residual = add_norm(self.post_attention_layernorm, attention, hidden_states)
+    return self.dropout(self.mlp(hidden_states)) + residual
+
+
+class _StockQwen3NextLayer:
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, position_ids=None, cache=None, **kwargs):
+        residual = hidden_states
+        hidden_states = self.input_layernorm(hidden_states)
+        if self.block_type == "linear_attention":
+            hidden_states = self.linear_attn(
+                hidden_states=hidden_states, cache=cache, attention_mask=attention_mask, **kwargs
+            )
+        elif self.block_type == "full_attention":
+            hidden_states, _ = self.self_attn(
+                hidden_states=hidden_states,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                cache=cache,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+        hidden_states = residual + hidden_states
+        residual = hidden_states
+        hidden_states = self.post_attention_layernorm(hidden_states)
+        hidden_states = self.mlp(hidden_states)
+        if isinstance(hidden_states, tuple):
+            hidden_states, _ = hidden_states
+        hidden_states = residual + hidden_states
+        return hidden_states
+
+
+@known(_StockQwen3NextLayer, norms=("post_attention_layernorm",))
+def _qwen3_next_layer(
+    self, hidden_states, position_embeddings, attention_mask=None, position_ids=None, cache=None, **kwargs
+):
+    residual = hidden_states
+    hidden_states = self.input_layernorm(hidden_states)
+    if self.block_type == "linear_attention":
+        hidden_states = self.linear_attn(
+            hidden_states=hidden_states, cache=cache, attention_mask=attention_mask, **kwargs
+        )
+    elif self.block_type == "full_attention":
+        hidden_states, _ = self.self_attn(
+            hidden_states=hidden_states,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+    hidden_states, residual = add_norm(self.post_attention_layernorm, hidden_states, residual)
+    hidden_states = self.mlp(hidden_states)
+    return residual + (hidden_states[0] if isinstance(hidden_states, tuple) else hidden_states)
+
+
 # Pre-norm: GPT-2
 
 
@@ -588,6 +748,69 @@ def _gpt_neo_block(
     return residual + self.mlp(hidden_states), weights
 
 
+class _StockGPTNeoXLayer:
+    def forward(
+        self,
+        hidden_states,
+        attention_mask=None,
+        position_ids=None,
+        use_cache=False,
+        layer_past=None,
+        position_embeddings=None,
+        **kwargs,
+    ):
+        attn_output, _ = self.attention(
+            self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            layer_past=layer_past,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        attn_output = self.post_attention_dropout(attn_output)
+        if self.use_parallel_residual:
+            mlp_output = self.mlp(self.post_attention_layernorm(hidden_states))
+            mlp_output = self.post_mlp_dropout(mlp_output)
+            hidden_states = mlp_output + attn_output + hidden_states
+        else:
+            attn_output = attn_output + hidden_states
+            mlp_output = self.mlp(self.post_attention_layernorm(attn_output))
+            mlp_output = self.post_mlp_dropout(mlp_output)
+            hidden_states = mlp_output + attn_output
+        return hidden_states
+
+
+@known(_StockGPTNeoXLayer, norms=("post_attention_layernorm",))
+def _gpt_neox_layer(
+    self,
+    hidden_states,
+    attention_mask=None,
+    position_ids=None,
+    use_cache=False,
+    layer_past=None,
+    position_embeddings=None,
+    **kwargs,
+):
+    attention, _ = self.attention(
+        self.input_layernorm(hidden_states),
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        layer_past=layer_past,
+        use_cache=use_cache,
+        position_embeddings=position_embeddings,
+        **kwargs,
+    )
+    if self.use_parallel_residual:
+        attention = self.post_attention_dropout(attention)
+        output = self.post_mlp_dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+        return output + attention + hidden_states
+    hidden_states, residual = dropout_add_norm(
+        self.post_attention_layernorm, self.post_attention_dropout, attention, hidden_states
+    )
+    return self.post_mlp_dropout(self.mlp(hidden_states)) + residual
+
+
 # Pre-norm: encoders of images and of text beside them
 
 
@@ -693,6 +916,31 @@ def _qwen2_vl_vision_block(self, hidden_states, cu_seqlens, position_embeddings=
         self.norm1(hidden_states), cu_seqlens=cu_seqlens, position_embeddings=position_embeddings, **kwargs
     )
     hidden_states, residual = add_norm(self.norm2, attention, hidden_states)
+    return residual + self.mlp(hidden_states)
+
+
+class _StockModernBertLayer:
+    def forward(self, hidden_states, attention_mask=None, position_embeddings=None, **kwargs):
+        attn_output, _ = self.attn(
+            self.attn_norm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attn_output
+        hidden_states = hidden_states + self.mlp(self.mlp_norm(hidden_states))
+        return hidden_states
+
+
+@known(_StockModernBertLayer, norms=("mlp_norm",))
+def _modernbert_layer(self, hidden_states, attention_mask=None, position_embeddings=None, **kwargs):
+    attention, _ = self.attn(
+        self.attn_norm(hidden_states),
+        position_embeddings=position_embeddings,
+        attention_mask=attention_mask,
+        **kwargs,
+    )
+    hidden_states, residual = add_norm(self.mlp_norm, attention, hidden_states)
     return residual + self.mlp(hidden_states)
 
 
@@ -1086,3 +1334,156 @@ def _wav2vec2_stable_layer(self, hidden_states, attention_mask=None, **kwargs):
     if self.adapter_layer is not None:
         hidden_states = hidden_states + self.adapter_layer(hidden_states)
     return hidden_states
+
+
+# torch's own. What an encoder layer runs outside training (a kernel for the whole layer, where it can) is left to it.
+
+
+class _StockTorchEncoderLayer:
+    def _sa_block(self, x, attn_mask, key_padding_mask, is_causal=False):
+        x = self.self_attn(
+            x,
+            x,
+            x,
+            attn_mask=attn_mask,
+            key_padding_mask=key_padding_mask,
+            need_weights=False,
+            is_causal=is_causal,
+        )[0]
+        return self.dropout1(x)
+
+    def _ff_block(self, x):
+        x = self.linear2(self.dropout(self.activation(self.linear1(x))))
+        return self.dropout2(x)
+
+
+_ENCODER_FORWARD = nn.TransformerEncoderLayer.forward  # not recorded: most of it is about the kernel
+
+
+@known(_StockTorchEncoderLayer, only=nn.TransformerEncoderLayer, norms=("norm1", "norm2"))
+def _torch_encoder_layer(self, src, src_mask=None, src_key_padding_mask=None, is_causal=False):
+    if not self.training:
+        return _ENCODER_FORWARD(self, src, src_mask, src_key_padding_mask, is_causal)
+
+    def attention(x):
+        return self.self_attn(
+            x,
+            x,
+            x,
+            attn_mask=src_mask,
+            key_padding_mask=src_key_padding_mask,
+            need_weights=False,
+            is_causal=is_causal,
+        )[0]
+
+    if self.norm_first:
+        x, residual = dropout_add_norm(self.norm2, self.dropout1, attention(self.norm1(src)), src)
+        return residual + self._ff_block(x)
+    x, _ = dropout_add_norm(self.norm1, self.dropout1, attention(src), src)
+    return dropout_add_norm(self.norm2, self.dropout2, _torch_feed_forward(self, x), x)[0]
+
+
+def _torch_feed_forward(self, x):
+    return self.linear2(self.dropout(self.activation(self.linear1(x))))
+
+
+class _StockTorchDecoderLayer:
+    def forward(
+        self,
+        tgt,
+        memory,
+        tgt_mask=None,
+        memory_mask=None,
+        tgt_key_padding_mask=None,
+        memory_key_padding_mask=None,
+        tgt_is_causal=False,
+        memory_is_causal=False,
+    ):
+        x = tgt
+        if self.norm_first:
+            x = x + self._sa_block(self.norm1(x), tgt_mask, tgt_key_padding_mask, tgt_is_causal)
+            x = x + self._mha_block(
+                self.norm2(x),
+                memory,
+                memory_mask,
+                memory_key_padding_mask,
+                memory_is_causal,
+            )
+            x = x + self._ff_block(self.norm3(x))
+        else:
+            x = self.norm1(x + self._sa_block(x, tgt_mask, tgt_key_padding_mask, tgt_is_causal))
+            x = self.norm2(x + self._mha_block(x, memory, memory_mask, memory_key_padding_mask, memory_is_causal))
+            x = self.norm3(x + self._ff_block(x))
+
+        return x
+
+    def _sa_block(self, x, attn_mask, key_padding_mask, is_causal=False):
+        x = self.self_attn(
+            x,
+            x,
+            x,
+            attn_mask=attn_mask,
+            key_padding_mask=key_padding_mask,
+            is_causal=is_causal,
+            need_weights=False,
+        )[0]
+        return self.dropout1(x)
+
+    def _mha_block(self, x, mem, attn_mask, key_padding_mask, is_causal=False):
+        x = self.multihead_attn(
+            x,
+            mem,
+            mem,
+            attn_mask=attn_mask,
+            key_padding_mask=key_padding_mask,
+            is_causal=is_causal,
+            need_weights=False,
+        )[0]
+        return self.dropout2(x)
+
+    def _ff_block(self, x):
+        x = self.linear2(self.dropout(self.activation(self.linear1(x))))
+        return self.dropout3(x)
+
+
+@known(_StockTorchDecoderLayer, only=nn.TransformerDecoderLayer, norms=("norm1", "norm2", "norm3"))
+def _torch_decoder_layer(
+    self,
+    tgt,
+    memory,
+    tgt_mask=None,
+    memory_mask=None,
+    tgt_key_padding_mask=None,
+    memory_key_padding_mask=None,
+    tgt_is_causal=False,
+    memory_is_causal=False,
+):
+    def attention(x):
+        return self.self_attn(
+            x,
+            x,
+            x,
+            attn_mask=tgt_mask,
+            key_padding_mask=tgt_key_padding_mask,
+            is_causal=tgt_is_causal,
+            need_weights=False,
+        )[0]
+
+    def cross_attention(x):
+        return self.multihead_attn(
+            x,
+            memory,
+            memory,
+            attn_mask=memory_mask,
+            key_padding_mask=memory_key_padding_mask,
+            is_causal=memory_is_causal,
+            need_weights=False,
+        )[0]
+
+    if self.norm_first:
+        x, residual = dropout_add_norm(self.norm2, self.dropout1, attention(self.norm1(tgt)), tgt)
+        x, residual = dropout_add_norm(self.norm3, self.dropout2, cross_attention(x), residual)
+        return residual + self._ff_block(x)
+    x, _ = dropout_add_norm(self.norm1, self.dropout1, attention(tgt), tgt)
+    x, _ = dropout_add_norm(self.norm2, self.dropout2, cross_attention(x), x)
+    return dropout_add_norm(self.norm3, self.dropout3, _torch_feed_forward(self, x), x)[0]

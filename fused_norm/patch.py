@@ -85,17 +85,12 @@ def _reason_left(module: nn.Module) -> str | None:
 
 
 _BLOCKS = ("Layer", "Block", "Output")
-_TORCH_BLOCKS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
 def _block_reason_left(module: nn.Module) -> str | None:
     """Why ``module``, which looks like a residual block, is not swapped; None if it does not look like one."""
     cls = type(module)
     fused_norms = [name for name, child in module.named_children() if adapters.fusable(child)]
-    if isinstance(module, _TORCH_BLOCKS):
-        return (
-            f"{cls.__qualname__} is torch's, whose eval mode runs one kernel for the whole layer, with norms of its own"
-        )
     if adapters.block_norms(cls):
         return None
     if (base := adapters.known_base(cls, blocks=True)) is not None:

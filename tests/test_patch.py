@@ -92,7 +92,7 @@ def test_the_report_reads_well() -> None:
 
 def test_a_model_without_norms() -> None:
     report = fused_norm.patch(nn.Linear(3, 3))
-    assert report.swapped == [] and report.left == {} and str(report)
+    assert report.swapped == report.residual == [] and report.left == report.residual_left == {} and str(report)
 
 
 def test_exact_rms_norm_is_accounted_for() -> None:
@@ -277,20 +277,103 @@ def test_checkpoints_move_between_stock_and_patched() -> None:
     _model().load_state_dict(patched.state_dict(), strict=True)
 
 
-def test_transformer_encoder_layer() -> None:
-    """Outputs agree in training and in eval mode, whose fast path never calls the norm."""
+# torch's own layers, whose eval mode may run a kernel for the whole layer, which calls no norm
+
+
+def _torch_transformer(**options) -> nn.Transformer:
     torch.manual_seed(0)
-    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2)
-    x = torch.randn(3, 5, 16)
-    expected = {}
+    model = nn.Transformer(16, 2, 2, 2, 32, **{"dropout": 0.0, "batch_first": True, **options})
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+def _source_target_masks() -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    masks = {
+        "src_key_padding_mask": torch.arange(5) >= torch.tensor([[5], [5], [3]]),
+        "memory_key_padding_mask": torch.arange(5) >= torch.tensor([[5], [4], [3]]),
+        "tgt_key_padding_mask": torch.arange(4) >= torch.tensor([[4], [3], [4]]),
+        "tgt_mask": torch.ones(4, 4, dtype=torch.bool).triu(1),
+    }
+    return torch.randn(3, 5, 16), torch.randn(3, 4, 16), masks
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_torch_transformer(norm_first: bool, bias: bool, masked: bool) -> None:
+    stock = _torch_transformer(norm_first=norm_first, bias=bias)
+    patched = copy.deepcopy(stock)
+    report = fused_norm.patch(patched)
+    assert len(report.swapped) == 12 and len(report.residual) == 4 and not report.left and not report.residual_left
+    source, target, masks = _source_target_masks()
+    masks = masks if masked else {"tgt_is_causal": True, "tgt_mask": nn.Transformer.generate_square_subsequent_mask(4)}
     for training in (True, False):
-        with torch.set_grad_enabled(training):
-            expected[training] = model.train(training)(x)
-    report = fused_norm.patch(model)
-    assert len(report.swapped) == 4 and not report.left
-    for training in (True, False):
-        with torch.set_grad_enabled(training):
-            torch.testing.assert_close(model.train(training)(x), expected[training], rtol=1e-4, atol=1e-5)
+        results = []
+        for model in (patched.train(training), stock.train(training)):
+            leaves = source.clone().requires_grad_(), target.clone().requires_grad_()
+            y = model(*leaves, **masks)
+            results.append((y, *torch.autograd.grad(y.square().sum(), [*leaves, *model.parameters()])))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    classes = {type(m) for m in stock.modules()}
+    fused_norm.unpatch(patched)
+    assert {type(m) for m in patched.modules()} == classes
+
+
+def test_torch_encoder_layer_keeps_its_kernel(monkeypatch) -> None:
+    """In eval mode without gradients the stock kernel runs, and in training the fused addition."""
+    model = _torch_transformer().encoder
+    source = torch.randn(3, 5, 16)
+    with torch.no_grad():
+        expected = model.eval()(source)
+    fused_norm.patch(model)
+    calls = []
+    for owner, name in ((torch, "_transformer_encoder_layer_fwd"), (fused_norm.functional, "add_layer_norm")):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, _f=original, _n=name, **k: calls.append(_n) or _f(*a, **k))
+    with torch.no_grad():
+        torch.testing.assert_close(model(source), expected, rtol=1e-4, atol=1e-5)
+    assert calls == ["_transformer_encoder_layer_fwd"] * 2
+    calls.clear()
+    model.train()(source)
+    assert calls == ["add_layer_norm"] * 4
+
+
+def test_torch_transformer_dropout() -> None:
+    """The same spread over seeds, and for one seed the same result."""
+    stock = _torch_transformer(dropout=0.2).train()
+    patched = copy.deepcopy(stock)
+    fused_norm.patch(patched)
+    source, target, _ = _source_target_masks()
+    samples = []
+    with torch.no_grad():
+        for model in (patched, stock):
+            values = []
+            for seed in range(200):
+                torch.manual_seed(seed)
+                values.append(model(source, target).square().mean(dim=(0, 1)))
+            samples.append(torch.stack(values).double())
+        torch.manual_seed(7)
+        first = patched(source, target)
+        torch.manual_seed(7)
+        assert_same_bits(patched(source, target), first)
+    ours, theirs = samples
+    error = (ours.var(0) / 200 + theirs.var(0) / 200).sqrt()
+    assert ((ours.mean(0) - theirs.mean(0)).abs() < 4.5 * error).all()
+    assert ((ours.std(0) / theirs.std(0)).log().abs() < 0.3).all()  # 200 samples: 5 % each
+
+
+def test_a_subclass_of_a_torch_layer_is_left() -> None:
+    class Loud(nn.TransformerEncoderLayer):
+        def _ff_block(self, x: torch.Tensor) -> torch.Tensor:
+            return super()._ff_block(x) * 2
+
+    report = fused_norm.patch(nn.Sequential(Loud(16, 2, 32)))
+    assert len(report.swapped) == 2 and report.residual == []
+    assert "Loud is a subclass of TransformerEncoderLayer" in report.residual_left["0"]
+    assert "Loud" in str(report)
 
 
 @pytest.fixture(scope="module")

@@ -101,6 +101,7 @@ FAMILIES: dict[str, tuple[str, dict, int, int]] = {
         5,
         2,
     ),
+    "modernbert": ("ModernBertModel", TEXT, 5, 2),
     "xlnet": ("XLNetModel", {"vocab_size": 99, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64}, 4, 2),
     "llama": ("LlamaForCausalLM", DECODER, 5, 2),
     "mistral": ("MistralForCausalLM", DECODER, 5, 2),
@@ -124,6 +125,16 @@ FAMILIES: dict[str, tuple[str, dict, int, int]] = {
     "starcoder2": ("Starcoder2ForCausalLM", DECODER, 5, 2),
     "helium": ("HeliumForCausalLM", {**DECODER, "head_dim": 8}, 5, 2),
     "nanochat": ("NanoChatForCausalLM", DECODER, 9, 2),
+    "persimmon": ("PersimmonForCausalLM", TEXT, 9, 2),
+    "gpt_neox": ("GPTNeoXForCausalLM", {**TEXT, "use_parallel_residual": False}, 5, 2),
+    "gpt_neox_parallel": ("GPTNeoXForCausalLM", TEXT, 5, 2),
+    "gpt_oss": ("GptOssForCausalLM", {**GEMMA, "num_local_experts": 4, "num_experts_per_tok": 2}, 5, 2),
+    "qwen3_next": (
+        "Qwen3NextForCausalLM",
+        {**GEMMA, **DELTA, **EXPERTS, "num_experts": 2, "shared_expert_intermediate_size": 16},
+        7,
+        2,
+    ),
     "gpt2": (
         "GPT2LMHeadModel",
         {
@@ -241,6 +252,7 @@ FAMILIES: dict[str, tuple[str, dict, int, int]] = {
 }
 # What transformers holds of these kinds and is left, with a word of the reason.
 LEFT = {
+    "qwen3_next": {"Qwen3NextRMSNormGated": "not a norm this package knows"},
     "wav2vec2": {"_WeightNorm": "not a norm this package knows"},
 }
 RESIDUAL_LEFT = {
