@@ -345,12 +345,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_backward(
     const std::optional<Tensor>& seed, int64_t n, bool rms, double dropout_p, ScalarType param_dtype, ScalarType x_dtype, bool need_dx,
     bool need_dresidual, bool need_dw, bool need_db) {
   const Rows rows = rows_of(summed, n, 1, "summed");
+  NormBackward a{};
   AddBackward after{};
   after.x_dtype = check_addend(x_dtype, rows.dtype, "x_dtype", "summed");
   after.dropout = dropout_of(seed, dropout_p);
   if (dsummed) {
-    after.dsummed_stride = check_like_x(*dsummed, summed, n, "dsummed", "summed");
-    after.dsummed = data_of(*dsummed, "dsummed");
+    a.dsummed_stride = check_like_x(*dsummed, summed, n, "dsummed", "summed");
+    a.dsummed = data_of(*dsummed, "dsummed");
   }
   // Where dx would be dresidual, there is one of them.
   const bool same = !after.dropout.any && after.x_dtype == rows.dtype;
@@ -359,8 +360,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_backward(
   Tensor dresidual = gives_dresidual ? empty_like(summed, rows.dtype) : empty({0}, rows.dtype);
   after.dx = gives_dx ? dx.mutable_data_ptr() : nullptr;
   after.dresidual = gives_dresidual ? dresidual.mutable_data_ptr() : nullptr;
-  NormBackward a{};
-  if (gives_dx || (gives_dresidual && dsummed)) {
+  if (gives_dx) {
     a.after = &after;
   } else {
     a.dx = after.dresidual;

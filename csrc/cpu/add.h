@@ -2,8 +2,8 @@
 //
 //   summed = x*keep/(1 - p) + residual        d = dx of the norm + dsummed    dresidual = d    dx = d*keep/(1 - p)
 //
-// The first is a pass of its own over a few rows, which the norm then finds in cache; the second takes what the norm's backward leaves in a
-// few registers' worth of memory, unrounded.
+// The first is a pass of its own over a few rows, which the norm then finds in cache. dsummed is added where the norm's backward has dx in
+// registers, and where dx is another than d, it is made of runs of d that lie unrounded in L1.
 #pragma once
 
 #include "kernels.h"
@@ -75,8 +75,7 @@ void add(Dtype dtype, Dtype x_dtype, const AddRows& a, int64_t begin, int64_t en
   }
 }
 
-// Where the norm's backward leaves its dx of a few rows' columns [begin, end): the sum's other gradient is added to it there, and the results
-// are rounded from it.
+// Where the norm's backward leaves d of a few rows' columns [begin, end), for the results to be rounded from.
 template <typename T, int Rows, typename A = Acc<T>>
 class AfterBackward {
  public:
@@ -92,51 +91,42 @@ class AfterBackward {
   FUSED_NORM_INLINE A* at(int r) { return d_ + r * kLongestRun<A>; }
 
   FUSED_NORM_NOINLINE void run(int64_t row, int rows, int64_t begin, int64_t end, const Tail<A>& tail) {
-    // Never both 16-bit types: the other one's instance is not even made.
+    // Beside a 16-bit sum there is no other 16-bit type.
     if constexpr (__is_same(T, float)) {
-      if (after_.x_dtype == Dtype::bf16) return run_as<BFloat16>(row, rows, begin, end, tail);
-      if (after_.x_dtype == Dtype::f16) return run_as<Half>(row, rows, begin, end, tail);
+      if (after_.x_dtype == Dtype::bf16) return run_rows<BFloat16>(row, rows, begin, end, tail);
+      if (after_.x_dtype == Dtype::f16) return run_rows<Half>(row, rows, begin, end, tail);
     }
-    return run_as<T>(row, rows, begin, end, tail);
+    run_rows<T>(row, rows, begin, end, tail);
   }
 
  private:
   template <typename X>
-  FUSED_NORM_INLINE void run_as(int64_t row, int rows, int64_t begin, int64_t end, const Tail<A>& tail) {
+  FUSED_NORM_INLINE void run_rows(int64_t row, int rows, int64_t begin, int64_t end, const Tail<A>& tail) {
     for (int r = 0; r < rows; r++) {
-      if (after_.dropout.any && after_.dx) keep_.draw((row + r) * n_ + begin, end - begin);
-      if (after_.dsummed) {
-        after_.dropout.any && after_.dx ? run_row<X, true, true>(row + r, at(r), begin, end, tail)
-                                        : run_row<X, true, false>(row + r, at(r), begin, end, tail);
-      } else {
-        after_.dropout.any && after_.dx ? run_row<X, false, true>(row + r, at(r), begin, end, tail)
-                                        : run_row<X, false, false>(row + r, at(r), begin, end, tail);
-      }
+      after_.dropout.any ? run_row<X, true>(row + r, at(r), begin, end, tail) : run_row<X, false>(row + r, at(r), begin, end, tail);
     }
   }
 
-  template <typename X, bool HasDsummed, bool Drop>
+  template <typename X, bool Drop>
   FUSED_NORM_INLINE void run_row(int64_t row, const A* d, int64_t begin, int64_t end, const Tail<A>& tail) {
     using V = Vec<A>;
     constexpr int64_t L = kLanes<A>;
-    const T* const dsummed = (const T*)after_.dsummed + (HasDsummed ? row * after_.dsummed_stride : 0);
     T* const dresidual = after_.dresidual ? (T*)after_.dresidual + row * n_ : nullptr;
-    X* const dx = after_.dx ? (X*)after_.dx + row * n_ : nullptr;
+    X* const dx = (X*)after_.dx + row * n_;
+    if constexpr (Drop) keep_.draw(row * n_ + begin, end - begin);
     const auto dropped = [&](V v, int64_t i) {
       if constexpr (Drop) return v * keep_.at(i - begin);
       else return v;
     };
     for (int64_t i = begin; i + L <= end; i += L) {
-      V v = load(d + (i - begin));
-      if constexpr (HasDsummed) v += load(dsummed + i);
+      const V v = load(d + (i - begin));
       if (dresidual) store(dresidual + i, v);
-      if (dx) store(dx + i, dropped(v, i));
+      store(dx + i, dropped(v, i));
     }
     if (tail.any && end == n_) {
-      V v = tail.load(d, begin);
-      if constexpr (HasDsummed) v += tail.load(dsummed);
+      const V v = tail.load(d, begin);
       if (dresidual) tail.store(dresidual, v);
-      if (dx) tail.store(dx, dropped(v, tail.start));
+      tail.store(dx, dropped(v, tail.start));
     }
   }
 

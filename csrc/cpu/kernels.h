@@ -43,12 +43,10 @@ struct AddRows {
   Dropout dropout;
 };
 
-// What becomes of a norm's dx, before it is rounded, where the norm is that of a sum: d = dx + dsummed.
+// What becomes of d = dx + dsummed, before it is rounded, where the norm is that of a sum, and x's gradient is not the sum's.
 struct AddBackward {
-  const void* dsummed;     // may be null
   void* dresidual;         // d; contiguous, null if not needed
-  void* dx;                // d*keep*scale in `x_dtype`; contiguous, null if not needed
-  int64_t dsummed_stride;
+  void* dx;                // d*keep*scale in `x_dtype`; contiguous
   Dtype x_dtype;           // the sum's, or bf16 or f16 beside f32
   Dropout dropout;
 };
@@ -61,13 +59,15 @@ struct NormBackward {
   const void* rstd;
   const void* mean;    // null for rms
   const void* weight;  // null: as if all ones
+  const void* dsummed;  // what is added to dx before it is rounded; may be null
   void* dx;            // contiguous; null if not needed
-  const AddBackward* after;  // takes dx in place of memory; null for a norm alone
+  const AddBackward* after;  // what else is done to dx, in place of storing it; may be null
   void* dw_partial;    // (groups * chunks_per_group, n) in the accumulation type; null if not needed
   void* db_partial;    // likewise
   int64_t n;
   int64_t dy_stride;
   int64_t x_stride;
+  int64_t dsummed_stride;
   int64_t rows_per_group;
   int64_t weight_stride;
   int64_t chunks_per_group;

@@ -3,8 +3,8 @@
 //   xhat = (x - mean)*rstd    g = dy*w    dw = sum_rows(dy*xhat)    db = sum_rows(dy)
 //   dx = rstd*(g - c1 - xhat*c2)          c1 = sum(g)/n (left out for RMSNorm)    c2 = sum(g*xhat)/n
 //
-// The first sweep gives c1 and c2, the second dx, and dw and db added to the chunk's partial rows. Where the norm is that of a sum, `After`,
-// the second goes run by run of columns, and what is made of dx (add.h) is made of each run.
+// The first sweep gives c1 and c2, the second dx, and dw and db added to the chunk's partial rows. Where the norm is that of a sum, the sum's
+// other gradient is added to dx; with an `After` the second sweep goes run by run of columns, and that takes each run from there (add.h).
 #pragma once
 
 #include "add.h"
@@ -72,6 +72,7 @@ FUSED_NORM_INLINE void backward_rows(
   const int64_t n = a.n;
   const T* dy[R];
   const T* x[R];
+  const T* const dsummed = (const T*)a.dsummed + (Dx && a.dsummed ? row * a.dsummed_stride : 0);
   T* dx[R];
   V mean[R], rstd[R], c1[R], c2[R];
   for (int r = 0; r < R; r++) {
@@ -112,6 +113,10 @@ FUSED_NORM_INLINE void backward_rows(
         const V g = HasWeight ? dyv * wv : dyv;
         dxv[r] = rstd[r] * fnma(xhat, c2[r], Rms ? g : g - c1[r]);
       }
+    }
+    if (Dx && dsummed) {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) dxv[r] += load_at(dsummed + r * a.dsummed_stride);
     }
     if constexpr (Dw) sum_into(dw, dw_sum);
     if constexpr (Db) sum_into(db, db_sum);
