@@ -831,7 +831,8 @@ def test_importing_the_backend_imports_no_triton() -> None:
 
 # ------------------------------------------------------------------------------------------------ compiled, without GPU
 
-INTEGERS = {"eps_bits", "total_rows", "rows", "tiles", "parts", "rows_per_part", "n"}
+INTEGERS = {"eps_bits", "threshold", "scale_bits", "total_rows", "rows", "tiles", "parts", "rows_per_part", "n"}
+ADD = ("residual_ptr", "summed_ptr", "dsummed_ptr", "dinput_ptr", "seed_ptr")  # add and norm's: test_triton_add_norm.py
 
 
 @dataclass(frozen=True)
@@ -903,9 +904,9 @@ def compiled(build: Build, target: str):
     else:
         config = getattr(launch, f"{build.pass_}_launch")(build.n, build.size, gpu.warp_size)
         kernel = getattr(norm, f"norm_{build.pass_}{'_looped' if config.looped else ''}_kernel")
-        constants |= {"IS_RMS": build.rms, "ALIGN_X": align, "ROWS": config.rows, "BLOCK_N": config.block_n}
-        if build.pass_ == "backward":
-            constants["ALIGN_DY"] = align
+        constants |= {"IS_RMS": build.rms, "CAST": False, "ROWS": config.rows, "BLOCK_N": config.block_n}
+        constants |= dict.fromkeys(("ALIGN_X", "ALIGN_DY"), align) | dict.fromkeys(ADD)
+        constants |= dict.fromkeys(("ALIGN_RESIDUAL", "ALIGN_DSUMMED", "ALIGN_DINPUT"), 16)
         if build.rms:
             constants |= {"bias_ptr": None} if build.pass_ == "forward" else {"db_ptr": None}
     signature, attributes = {}, {}

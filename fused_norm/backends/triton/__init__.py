@@ -74,8 +74,8 @@ def _operator(schema: str) -> Callable[[Callable], Callable]:
 
 
 @_operator(
-    "(Tensor x, Tensor? weight, Tensor? bias, int n, int groups, float eps, bool rms, bool need_stats)"
-    " -> (Tensor y, Tensor stats)"
+    "(Tensor x, Tensor? weight, Tensor? bias, int n, int groups, float eps, bool rms, bool need_stats,"
+    " bool cast=False) -> (Tensor y, Tensor stats)"
 )
 def norm_forward(*args, **kwargs):
     """The contract's function, by :mod:`.norm`."""
@@ -93,6 +93,29 @@ def norm_backward(*args, **kwargs):
     from . import norm
 
     return norm.norm_backward(*args, **kwargs)
+
+
+@_operator(
+    "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Tensor? seed, int n, float eps, bool rms,"
+    " float dropout_p, bool need_stats, bool cast) -> (Tensor y, Tensor summed, Tensor stats)"
+)
+def add_norm_forward(*args, **kwargs):
+    """The contract's function, by :mod:`.norm`."""
+    from . import norm
+
+    return norm.add_norm_forward(*args, **kwargs)
+
+
+@_operator(
+    "(Tensor dy, Tensor? dsummed, Tensor summed, Tensor stats, Tensor? weight, Tensor? seed, int n, bool rms,"
+    " float dropout_p, ScalarType param_dtype, ScalarType x_dtype, bool need_dx, bool need_dresidual, bool need_dw,"
+    " bool need_db) -> (Tensor dx, Tensor dresidual, Tensor dw, Tensor db)"
+)
+def add_norm_backward(*args, **kwargs):
+    """The contract's function, by :mod:`.norm`."""
+    from . import norm
+
+    return norm.add_norm_backward(*args, **kwargs)
 
 
 @_operator(

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 #: 32768 columns would need 1024 threads, which have 64 registers each: too few in fp32, and on sm_100 in bf16.
 FORWARD_WHOLE_ROW = {8: 8192, 4: 16384, 2: 16384}
 
-#: Backward holds x, dy, the sums for dw and db, and the weight: five values an element, 16 of each a thread.
+#: Backward holds x, dy, the sums for dw and db, and the weight: five values an element, 16 of each a thread. What add
+#: and norm read and make besides (residual, dsummed, the mask) lives shortly: both directions keep the same rows whole.
 BACKWARD_WHOLE_ROW = {8: 4096, 4: 8192, 2: 8192}
 
 #: Double backward holds ddx, dy, x, the sums for grad_w, what it makes of them and a parameter at a time. The 128
@@ -72,8 +73,11 @@ def forward_launch(n: int, element_size: int, warp_size: int = 32) -> NormLaunch
 
 
 @functools.cache
-def backward_launch(n: int, element_size: int, warp_size: int = 32) -> NormLaunch:
-    """Backward for rows of ``n`` elements of ``element_size`` bytes."""
+def backward_launch(n: int, element_size: int, warp_size: int = 32, dropout: bool = False) -> NormLaunch:
+    """Backward for rows of ``n`` elements of ``element_size`` bytes, with or without a dropout mask.
+
+    The mask changes no ``rows`` and no ``looped``, and so no bit of dw and db.
+    """
     if n > BACKWARD_WHOLE_ROW[element_size]:
         # A warp a row, so that a thread has the addresses of one row to hold. The partial sums of dw and db are written
         # and read about once a tile, 16/rows bytes an element: with 16 rows little beside the 20 (fp32) or 10 (bf16) of
@@ -85,6 +89,10 @@ def backward_launch(n: int, element_size: int, warp_size: int = 32) -> NormLaunc
     per_thread = 8 if element_size == 8 else 16
     block_n = _next_power_of_2(n)
     rows = max(1, min(64, 256 * per_thread // block_n))
+    if dropout and rows * block_n <= 256 * per_thread:
+        # The words of the mask and their counters take what is left of the 128, and spill (sm_100) or leave room for
+        # one such program (sm_80 and sm_90, up to 170 registers). So one of 512 threads: at 8 values each some 100.
+        per_thread //= 2
     return NormLaunch(rows, block_n, _warps(rows * block_n, per_thread, warp_size), looped=False)
 
 

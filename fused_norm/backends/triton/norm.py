@@ -1,9 +1,13 @@
 """LayerNorm and RMSNorm in Triton, one kernel each way, with ``IS_RMS`` leaving out the mean: kernel, then launcher.
 
-Traffic, in units of M*N*E bytes:
+The same kernels serve add and norm, where x is dropped out and added to a residual first: a pointer that is None leaves
+out what belongs to it. Traffic, in units of M*N*E bytes:
 
     forward   whole row on chip  2: x read, y written          looped  3: x read twice
     backward  whole row on chip  3: x and dy read, dx written  looped  5: x and dy read twice
+    add and norm, forward        4: x, residual, summed, y     looped  5: summed read back
+    add and norm, backward       as backward with summed for x and dresidual for dx, and 1 for each of dsummed and dx,
+                                 where there is one: 3 to 5    looped  5 to 7
 
 and beside it the parameters, the row statistics, and in backward the partial sums of dw and db, ``parts`` rows of n
 fp32 values each (:mod:`.launch`). They are written once, and read once by the kernel that adds them up; the looped
@@ -31,12 +35,14 @@ from .common import (
     float_bits,
     group_stride,
     mean_of,
+    number,
     on_device_of,
     ratio,
     row_stride,
     sum_rows,
     warp_size,
 )
+from .dropout import dropout_integers, keep_of, keep_of_rows
 
 # ------------------------------------------------------------------------------------------------ pieces of the kernels
 
@@ -53,9 +59,27 @@ def _reciprocal_sqrt(variance, eps_bits, FP64: tl.constexpr):
 
 
 @triton.jit
-def _affine(xhat, weight_ptr, bias_ptr, cols, col_ok, ACC: tl.constexpr):
-    """xhat*w + b for the columns ``cols`` of shape (1, BLOCK_N)."""
+def _first_elements(
+    x_ptrs, residual_ptrs, seed_ptr, index, threshold, scale, ok, DTYPE: tl.constexpr, ACC: tl.constexpr
+):
+    """The first element of each row that is normalised: x's, or its sum with the residual's, whose index is given."""
+    x0 = tl.load(x_ptrs, mask=ok, other=0.0).to(ACC)
+    if residual_ptrs is not None:
+        residual = tl.load(residual_ptrs, mask=ok, other=0.0).to(ACC)
+        if seed_ptr is not None:
+            x0 = tl.fma(x0, keep_of(seed_ptr, index, threshold, scale), residual)
+        else:
+            x0 += residual
+        x0 = x0.to(DTYPE).to(ACC)
+    return x0
+
+
+@triton.jit
+def _affine(xhat, weight_ptr, bias_ptr, cols, col_ok, CAST: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr):
+    """xhat*w + b for the columns ``cols`` of shape (1, BLOCK_N); with CAST of xhat rounded to DTYPE."""
     y = xhat
+    if CAST:
+        y = y.to(DTYPE).to(ACC)
     if weight_ptr is not None:
         y = y * tl.load(weight_ptr + cols, mask=col_ok, other=0.0, eviction_policy="evict_last").to(ACC)
     if bias_ptr is not None:
@@ -63,42 +87,63 @@ def _affine(xhat, weight_ptr, bias_ptr, cols, col_ok, ACC: tl.constexpr):
     return y
 
 
+def _alignment_beside(rows: Tensor, t: Tensor | None, *strides: int) -> int:
+    """The alignment to tell of ``t``, whose elements may be smaller: no wider access than an access to ``rows``.
+
+    A wider one would decide the layout of all that the kernel holds, or be converted from it through shared memory.
+    """
+    alignment = launch.alignment(*strides)
+    return alignment if t is None or t.dtype == rows.dtype else min(alignment, 16 // rows.element_size())
+
+
 # -------------------------------------------------------------------------------------------------------------- forward
 
-_FORWARD_INTEGERS = ["eps_bits", "total_rows", "rows", "tiles", "n", "x_stride", "weight_stride", "bias_stride"]
+_FORWARD_INTEGERS = ["eps_bits", "threshold", "scale_bits", "total_rows", "rows", "tiles", "n"]
+_FORWARD_INTEGERS += ["x_stride", "residual_stride", "weight_stride", "bias_stride"]
 
 
 @triton.jit(do_not_specialize=_FORWARD_INTEGERS)
 def norm_forward_kernel(
     x_ptr,  # (total_rows, n), rows x_stride apart
+    residual_ptr,  # None, or (total_rows, n), rows residual_stride apart: what is normalised is its sum with x
     weight_ptr,  # None, or n elements a group, groups weight_stride apart (0: shared)
     bias_ptr,
+    seed_ptr,  # None, or one int64: x is dropped out
+    summed_ptr,  # None without residual, else (total_rows, n)
     y_ptr,  # (total_rows, n)
     stats_ptr,  # None, or (2, total_rows): rstd, mean; (1, total_rows) for IS_RMS
     eps_bits,
+    threshold,
+    scale_bits,
     total_rows,
     rows,  # rows of one group
     tiles,  # programs of one group
     n,
     x_stride,
+    residual_stride,
     weight_stride,
     bias_stride,
     IS_RMS: tl.constexpr,
+    CAST: tl.constexpr,
     FP64: tl.constexpr,
     ALIGN_N: tl.constexpr,
     ALIGN_X: tl.constexpr,
+    ALIGN_RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """m = x0 + sum(x - x0)/n; off = sum(x - m)/n; mean = m + off; var = sum((x - m)^2)/n - off^2;
-    rstd = 1/sqrt(var + eps); y = (x - mean)*rstd*w + b.
+    rstd = 1/sqrt(var + eps); y = (x - mean)*rstd*w + b; where there is a residual all of x*keep/(1 - p) + residual.
 
     The row stays in registers.
     """
     ACC: tl.constexpr = tl.float64 if FP64 else tl.float32
+    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     one_nth = ratio(1, n, FP64)
     n = n // ALIGN_N * ALIGN_N
     x_stride = x_stride // ALIGN_X * ALIGN_X
+    residual_stride = residual_stride // ALIGN_RESIDUAL * ALIGN_RESIDUAL
+    scale = number(scale_bits, FP64)
     group = (tl.program_id(0) // tiles).to(tl.int64)
     tile = (tl.program_id(0) % tiles).to(tl.int64)
     r = tile * ROWS + tl.arange(0, ROWS)
@@ -109,11 +154,26 @@ def norm_forward_kernel(
     ok = row_ok[:, None] & col_ok
 
     x = tl.load(x_ptr + row[:, None] * x_stride + cols, mask=ok, other=0.0, eviction_policy="evict_first").to(ACC)
+    if residual_ptr is not None:
+        residual_ptrs = residual_ptr + row[:, None] * residual_stride + cols
+        residual = tl.load(residual_ptrs, mask=ok, other=0.0, eviction_policy="evict_first").to(ACC)
+        if seed_ptr is not None:
+            # Fused by name here and for x0, where the compiler might fuse one of them only.
+            keep = keep_of_rows(seed_ptr, row * n, threshold, scale, BLOCK_N, ALIGN_N % 4 == 0)
+            x = tl.fma(x, keep, residual)
+        else:
+            x += residual
+        summed = x.to(DTYPE)
+        tl.store(summed_ptr + row[:, None] * n + cols, summed, mask=ok)
+        x = summed.to(ACC)
     if IS_RMS:
         centred = x
         variance = mean_of(tl.sum(x * x, axis=1), n, one_nth)
     else:
-        x0 = tl.load(x_ptr + row * x_stride, mask=row_ok, other=0.0).to(ACC)
+        residual_row_ptr = None if residual_ptr is None else residual_ptr + row * residual_stride
+        x0 = _first_elements(
+            x_ptr + row * x_stride, residual_row_ptr, seed_ptr, row * n, threshold, scale, row_ok, DTYPE, ACC
+        )
         mean = x0 + mean_of(tl.sum(tl.where(ok, x - x0[:, None], 0.0), axis=1), n, one_nth)
         centred = tl.where(ok, x - mean[:, None], 0.0)
         off = mean_of(tl.sum(centred, axis=1), n, one_nth)
@@ -130,29 +190,37 @@ def norm_forward_kernel(
         weight_ptr += group * (weight_stride // ALIGN_N * ALIGN_N)
     if bias_ptr is not None:
         bias_ptr += group * (bias_stride // ALIGN_N * ALIGN_N)
-    y = _affine(centred * rstd[:, None], weight_ptr, bias_ptr, cols, col_ok, ACC)
+    y = _affine(centred * rstd[:, None], weight_ptr, bias_ptr, cols, col_ok, CAST, DTYPE, ACC)
     tl.store(y_ptr + row[:, None] * n + cols, y, mask=ok)
 
 
 @triton.jit(do_not_specialize=_FORWARD_INTEGERS)
 def norm_forward_looped_kernel(
     x_ptr,
+    residual_ptr,
     weight_ptr,
     bias_ptr,
+    seed_ptr,
+    summed_ptr,
     y_ptr,
     stats_ptr,
     eps_bits,
+    threshold,
+    scale_bits,
     total_rows,
     rows,
     tiles,
     n,
     x_stride,
+    residual_stride,
     weight_stride,
     bias_stride,
     IS_RMS: tl.constexpr,
+    CAST: tl.constexpr,
     FP64: tl.constexpr,
     ALIGN_N: tl.constexpr,
     ALIGN_X: tl.constexpr,
+    ALIGN_RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -163,24 +231,45 @@ def norm_forward_looped_kernel(
         M2 = M2_a + M2_b + (mean_b - mean_a)^2 * n_a*n_b/(n_a + n_b)
 
     (Chan, Golub and LeVeque), with means taken relative to a pivot: the first chunk's mean, which is itself taken
-    relative to x0. So x is read twice in all, once for the statistics and once for y, and not three times.
+    relative to x0. So x is read twice in all, once for the statistics and once for y, and not three times. Where there
+    is a residual, both are read once, and the sum that was written is read back for y.
     """
     ACC: tl.constexpr = tl.float64 if FP64 else tl.float32
+    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     one_nth = ratio(1, n, FP64)
     n = n // ALIGN_N * ALIGN_N
     x_stride = x_stride // ALIGN_X * ALIGN_X
+    residual_stride = residual_stride // ALIGN_RESIDUAL * ALIGN_RESIDUAL
+    scale = number(scale_bits, FP64)
     group = (tl.program_id(0) // tiles).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, ROWS)
     x_row_ptr = x_ptr + row[:, None] * x_stride
     cols = tl.arange(0, BLOCK_N)[None, :]
 
     if not IS_RMS:
-        pivot = tl.load(x_ptr + row * x_stride).to(ACC)
+        residual_row_ptr = None if residual_ptr is None else residual_ptr + row * residual_stride
+        every = row < total_rows
+        pivot = _first_elements(
+            x_ptr + row * x_stride, residual_row_ptr, seed_ptr, row * n, threshold, scale, every, DTYPE, ACC
+        )
     offset = tl.zeros([ROWS], ACC)  # mean - pivot of the columns so far
     squares = tl.zeros([ROWS], ACC)  # sum of (x - mean)^2 over them
     for start in range(0, n, BLOCK_N):
         ok = cols < n - start
-        x = tl.load(x_row_ptr + (start + cols), mask=ok, other=0.0, eviction_policy="evict_last").to(ACC)
+        if residual_ptr is None:
+            x = tl.load(x_row_ptr + (start + cols), mask=ok, other=0.0, eviction_policy="evict_last").to(ACC)
+        else:
+            x = tl.load(x_row_ptr + (start + cols), mask=ok, other=0.0, eviction_policy="evict_first").to(ACC)
+            residual_ptrs = residual_ptr + row[:, None] * residual_stride + (start + cols)
+            residual = tl.load(residual_ptrs, mask=ok, other=0.0, eviction_policy="evict_first").to(ACC)
+            if seed_ptr is not None:
+                keep = keep_of_rows(seed_ptr, row * n + start, threshold, scale, BLOCK_N, ALIGN_N % 4 == 0)
+                x = tl.fma(x, keep, residual)
+            else:
+                x += residual
+            summed = x.to(DTYPE)
+            tl.store(summed_ptr + row[:, None] * n + (start + cols), summed, mask=ok)
+            x = summed.to(ACC)
         if IS_RMS:
             squares += tl.sum(x * x, axis=1)
         else:
@@ -209,107 +298,182 @@ def norm_forward_looped_kernel(
         weight_ptr += group * (weight_stride // ALIGN_N * ALIGN_N)
     if bias_ptr is not None:
         bias_ptr += group * (bias_stride // ALIGN_N * ALIGN_N)
+    if residual_ptr is None:
+        again_ptr = x_row_ptr
+    else:
+        again_ptr = summed_ptr + row[:, None] * n
+        tl.debug_barrier()  # other threads of this program may have written what is read back
     for start in range(0, n, BLOCK_N):
         at = start + cols
         ok = at < n
-        x = tl.load(x_row_ptr + at, mask=ok, other=0.0, eviction_policy="evict_first").to(ACC)
+        x = tl.load(again_ptr + at, mask=ok, other=0.0, eviction_policy="evict_first").to(ACC)
         if not IS_RMS:
             x = x - mean[:, None]
-        y = _affine(x * rstd[:, None], weight_ptr, bias_ptr, at, ok, ACC)
+        y = _affine(x * rstd[:, None], weight_ptr, bias_ptr, at, ok, CAST, DTYPE, ACC)
         tl.store(y_ptr + row[:, None] * n + at, y, mask=ok)
 
 
-def norm_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, n: int, groups: int, eps: float, rms: bool, need_stats: bool
-) -> tuple[Tensor, Tensor]:
-    """y and the row statistics, in one launch. See :mod:`fused_norm.backends`."""
-    check_storage(x=x, weight=weight, bias=bias)
+def _forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    n: int,
+    groups: int,
+    eps: float,
+    rms: bool,
+    dropout_p: float,
+    need_stats: bool,
+    cast: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """y, the sum with the residual (None without one) and the row statistics, in one launch."""
+    check_storage(x=x, residual=residual, weight=weight, bias=bias, seed=seed)
+    like = x if residual is None else residual  # as y is
     total_rows = x.numel() // n
-    fp64 = x.dtype == torch.float64
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    fp64 = like.dtype == torch.float64
+    y = torch.empty(like.shape, dtype=like.dtype, device=x.device)
+    summed = None if residual is None else torch.empty_like(y)
     stats_rows = 0 if not need_stats else 1 if rms else 2
-    stats = torch.empty((stats_rows, total_rows), dtype=accumulation_dtype(x), device=x.device)
+    stats = torch.empty((stats_rows, total_rows), dtype=accumulation_dtype(like), device=x.device)
     weight_stride, bias_stride = group_stride(weight, n), group_stride(bias, n)
     if not weight_stride and not bias_stride:
         groups = 1  # rows need not know their group
     rows = total_rows // groups
     x_stride = row_stride(x, n)
-    config = launch.forward_launch(n, x.element_size(), warp_size(x.device))
+    residual_stride = 0 if residual is None else row_stride(residual, n)
+    threshold, scale_bits = dropout_integers(dropout_p, fp64)
+    config = launch.forward_launch(n, like.element_size(), warp_size(x.device))
     tiles = -(-rows // config.rows)
     kernel = norm_forward_looped_kernel if config.looped else norm_forward_kernel
     with on_device_of(x):
         kernel[(groups * tiles,)](
             x,
+            residual,
             weight,
             bias,
+            seed,
+            summed,
             y,
             stats if need_stats else None,
             float_bits(eps, fp64),
+            threshold,
+            scale_bits,
             total_rows,
             rows,
             tiles,
             n,
             x_stride,
+            residual_stride,
             weight_stride,
             bias_stride,
             IS_RMS=rms,
+            CAST=cast and like.element_size() == 2,
             FP64=fp64,
             ALIGN_N=launch.alignment(n),
-            ALIGN_X=launch.alignment(n, x_stride),
+            ALIGN_X=_alignment_beside(like, x, n, x_stride),
+            ALIGN_RESIDUAL=launch.alignment(n, residual_stride),
             ROWS=config.rows,
             BLOCK_N=config.block_n,
             num_warps=config.num_warps,
             **COMPILE_OPTIONS,
         )
+    return y, summed, stats
+
+
+def norm_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    groups: int,
+    eps: float,
+    rms: bool,
+    need_stats: bool,
+    cast: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """y and the row statistics, in one launch. See :mod:`fused_norm.backends`."""
+    y, _, stats = _forward(x, None, weight, bias, None, n, groups, eps, rms, 0.0, need_stats, cast)
     return y, stats
+
+
+def add_norm_forward(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    n: int,
+    eps: float,
+    rms: bool,
+    dropout_p: float,
+    need_stats: bool,
+    cast: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, summed and its row statistics, in one launch. See :mod:`fused_norm.backends`."""
+    return _forward(x, residual, weight, bias, seed, n, 1, eps, rms, dropout_p, need_stats, cast)
 
 
 # ------------------------------------------------------------------------------------------------------------- backward
 
-_BACKWARD_INTEGERS = ["total_rows", "rows", "parts", "rows_per_part", "n", "dy_stride", "x_stride", "weight_stride"]
+_BACKWARD_INTEGERS = ["threshold", "scale_bits", "total_rows", "rows", "parts", "rows_per_part", "n"]
+_BACKWARD_INTEGERS += ["dy_stride", "dsummed_stride", "x_stride", "weight_stride"]
 
 
 @triton.jit(do_not_specialize=_BACKWARD_INTEGERS)
 def norm_backward_kernel(
     dy_ptr,  # (total_rows, n), rows dy_stride apart
-    x_ptr,  # (total_rows, n), rows x_stride apart
+    dsummed_ptr,  # None, or (total_rows, n), rows dsummed_stride apart: what else reaches x
+    x_ptr,  # (total_rows, n), rows x_stride apart: what was normalised
     stats_ptr,
     weight_ptr,  # None, or n elements a group, groups weight_stride apart (0: shared)
+    seed_ptr,  # None, or one int64: the mask of dinput
     dx_ptr,  # None, or (total_rows, n)
+    dinput_ptr,  # None, or (total_rows, n): the gradient of what was dropped out and added to the residual to make x
     dw_ptr,  # None, or (groups, parts, n) partial sums
     db_ptr,  # None, or (groups, parts, n) partial sums
+    threshold,
+    scale_bits,
     total_rows,
     rows,  # rows of one group
     parts,  # programs of one group
     rows_per_part,
     n,
     dy_stride,
+    dsummed_stride,
     x_stride,
     weight_stride,
     IS_RMS: tl.constexpr,
     FP64: tl.constexpr,
     ALIGN_N: tl.constexpr,
     ALIGN_DY: tl.constexpr,
+    ALIGN_DSUMMED: tl.constexpr,
+    ALIGN_DINPUT: tl.constexpr,
     ALIGN_X: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """xhat = (x - mean)*rstd; g = dy*w; dx = rstd*(g - mean_n(g) - xhat*mean_n(g*xhat)); dw += dy*xhat; db += dy.
 
-    A program walks its block of rows in order, whole rows in registers, and keeps its sums for dw and db there too.
+    Where asked for, dx += dsummed and dinput = dx*keep/(1 - p). A program walks its block of rows in order, whole rows
+    in registers, and keeps its sums for dw and db there too.
     """
     ACC: tl.constexpr = tl.float64 if FP64 else tl.float32
+    NEED_D: tl.constexpr = dx_ptr is not None or dinput_ptr is not None
     one_nth = ratio(1, n, FP64)
+    dinput_stride = n // ALIGN_DINPUT * ALIGN_DINPUT
     n = n // ALIGN_N * ALIGN_N
     dy_stride = dy_stride // ALIGN_DY * ALIGN_DY
+    dsummed_stride = dsummed_stride // ALIGN_DSUMMED * ALIGN_DSUMMED
     x_stride = x_stride // ALIGN_X * ALIGN_X
+    scale = number(scale_bits, FP64)
     group = (tl.program_id(0) // parts).to(tl.int64)
     begin = (tl.program_id(0) % parts).to(tl.int64) * rows_per_part
     end = tl.minimum(begin + rows_per_part, rows)
     cols = tl.arange(0, BLOCK_N)[None, :]
     col_ok = cols < n
 
-    if dx_ptr is not None and weight_ptr is not None:
+    if NEED_D and weight_ptr is not None:
         weight_ptr += group * (weight_stride // ALIGN_N * ALIGN_N)
         w = tl.load(weight_ptr + cols, mask=col_ok, other=0.0).to(ACC)
     if dw_ptr is not None:
@@ -323,7 +487,11 @@ def norm_backward_kernel(
         ok = row_ok[:, None] & col_ok
         dy_ptrs = dy_ptr + row[:, None] * dy_stride + cols
         dy = tl.load(dy_ptrs, mask=ok, other=0.0, eviction_policy="evict_first").to(ACC)
-        if dx_ptr is not None or dw_ptr is not None:
+        if dsummed_ptr is not None:
+            # Before the sums over the row, which wait for all threads.
+            dsummed_ptrs = dsummed_ptr + row[:, None] * dsummed_stride + cols
+            dsummed = tl.load(dsummed_ptrs, mask=ok, other=0.0, eviction_policy="evict_first")
+        if NEED_D or dw_ptr is not None:
             x_ptrs = x_ptr + row[:, None] * x_stride + cols
             x = tl.load(x_ptrs, mask=ok, other=0.0, eviction_policy="evict_first").to(ACC)
             rstd = tl.load(stats_ptr + row, mask=row_ok, other=0.0)
@@ -336,14 +504,22 @@ def norm_backward_kernel(
                 dw += dy * xhat
         if db_ptr is not None:
             db += dy
-        if dx_ptr is not None:
+        if NEED_D:
             g = dy
             if weight_ptr is not None:
                 g = dy * w
             dx = g - xhat * mean_of(tl.sum(g * xhat, axis=1), n, one_nth)[:, None]
             if not IS_RMS:
                 dx = dx - mean_of(tl.sum(g, axis=1), n, one_nth)[:, None]
-            tl.store(dx_ptr + row[:, None] * n + cols, dx * rstd[:, None], mask=ok)
+            dx = dx * rstd[:, None]
+            if dsummed_ptr is not None:
+                dx += dsummed.to(ACC)
+            if dx_ptr is not None:
+                tl.store(dx_ptr + row[:, None] * n + cols, dx, mask=ok)
+            if dinput_ptr is not None:
+                if seed_ptr is not None:
+                    dx = dx * keep_of_rows(seed_ptr, row * n, threshold, scale, BLOCK_N, ALIGN_N % 4 == 0)
+                tl.store(dinput_ptr + row[:, None] * dinput_stride + cols, dx, mask=ok)
 
     flat_cols = tl.arange(0, BLOCK_N)
     partial = tl.program_id(0).to(tl.int64) * n + flat_cols
@@ -356,24 +532,32 @@ def norm_backward_kernel(
 @triton.jit(do_not_specialize=_BACKWARD_INTEGERS)
 def norm_backward_looped_kernel(
     dy_ptr,
+    dsummed_ptr,
     x_ptr,
     stats_ptr,
     weight_ptr,
+    seed_ptr,
     dx_ptr,
+    dinput_ptr,
     dw_ptr,
     db_ptr,
+    threshold,
+    scale_bits,
     total_rows,
     rows,
     parts,
     rows_per_part,
     n,
     dy_stride,
+    dsummed_stride,
     x_stride,
     weight_stride,
     IS_RMS: tl.constexpr,
     FP64: tl.constexpr,
     ALIGN_N: tl.constexpr,
     ALIGN_DY: tl.constexpr,
+    ALIGN_DSUMMED: tl.constexpr,
+    ALIGN_DINPUT: tl.constexpr,
     ALIGN_X: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -383,15 +567,19 @@ def norm_backward_looped_kernel(
     First for the two row sums of dx (left out where dx is not needed), then for dx and the sums over the rows.
     """
     ACC: tl.constexpr = tl.float64 if FP64 else tl.float32
+    NEED_D: tl.constexpr = dx_ptr is not None or dinput_ptr is not None
     one_nth = ratio(1, n, FP64)
+    dinput_stride = n // ALIGN_DINPUT * ALIGN_DINPUT
     n = n // ALIGN_N * ALIGN_N
     dy_stride = dy_stride // ALIGN_DY * ALIGN_DY
+    dsummed_stride = dsummed_stride // ALIGN_DSUMMED * ALIGN_DSUMMED
     x_stride = x_stride // ALIGN_X * ALIGN_X
+    scale = number(scale_bits, FP64)
     group = (tl.program_id(0) // parts).to(tl.int64)
     begin = (tl.program_id(0) % parts).to(tl.int64) * rows_per_part
     end = tl.minimum(begin + rows_per_part, rows)
     tile_cols = tl.arange(0, BLOCK_N)
-    if dx_ptr is not None and weight_ptr is not None:
+    if NEED_D and weight_ptr is not None:
         weight_ptr += group * (weight_stride // ALIGN_N * ALIGN_N)
 
     for first in range(begin, end, ROWS):
@@ -400,13 +588,13 @@ def norm_backward_looped_kernel(
         row_ok = r < end
         dy_row_ptr = dy_ptr + row[:, None] * dy_stride
         x_row_ptr = x_ptr + row[:, None] * x_stride
-        if dx_ptr is not None or dw_ptr is not None:
+        if NEED_D or dw_ptr is not None:
             rstd = tl.load(stats_ptr + row, mask=row_ok, other=0.0)[:, None]
             mean = tl.zeros([ROWS, 1], ACC)
             if not IS_RMS:
                 mean = tl.load(stats_ptr + total_rows + row, mask=row_ok, other=0.0)[:, None]
 
-        if dx_ptr is not None:
+        if NEED_D:
             sum_g = tl.zeros([ROWS, BLOCK_N], ACC)  # a lane for each column of a chunk, added up after the loop
             sum_g_xhat = tl.zeros([ROWS, BLOCK_N], ACC)
             for start in range(0, n, BLOCK_N):
@@ -427,17 +615,27 @@ def norm_backward_looped_kernel(
             cols = (start + tile_cols)[None, :]
             ok = row_ok[:, None] & (cols < n)
             dy = tl.load(dy_row_ptr + cols, mask=ok, other=0.0, eviction_policy="evict_first").to(ACC)
-            if dx_ptr is not None or dw_ptr is not None:
+            if NEED_D or dw_ptr is not None:
                 x = tl.load(x_row_ptr + cols, mask=ok, other=0.0, eviction_policy="evict_first").to(ACC)
                 xhat = tl.where(ok, (x - mean) * rstd, 0.0)
-            if dx_ptr is not None:
+            if NEED_D:
                 g = dy
                 if weight_ptr is not None:
                     g = dy * tl.load(weight_ptr + cols, mask=cols < n, other=0.0).to(ACC)
                 dx = g - xhat * mean_g_xhat
                 if not IS_RMS:
                     dx = dx - mean_g
-                tl.store(dx_ptr + row[:, None] * n + cols, dx * rstd, mask=ok)
+                dx = dx * rstd
+                if dsummed_ptr is not None:
+                    dsummed_ptrs = dsummed_ptr + row[:, None] * dsummed_stride + cols
+                    dx += tl.load(dsummed_ptrs, mask=ok, other=0.0, eviction_policy="evict_first").to(ACC)
+                if dx_ptr is not None:
+                    tl.store(dx_ptr + row[:, None] * n + cols, dx, mask=ok)
+                if dinput_ptr is not None:
+                    if seed_ptr is not None:
+                        first_index = row * n + start
+                        dx = dx * keep_of_rows(seed_ptr, first_index, threshold, scale, BLOCK_N, ALIGN_N % 4 == 0)
+                    tl.store(dinput_ptr + row[:, None] * dinput_stride + cols, dx, mask=ok)
             flat_cols = start + tile_cols
             partial = tl.program_id(0).to(tl.int64) * n + flat_cols
             if dw_ptr is not None:
@@ -511,6 +709,94 @@ def add_up_partials(
     )
 
 
+def _backward(
+    dy: Tensor,
+    dsummed: Tensor | None,
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    seed: Tensor | None,
+    n: int,
+    groups: int,
+    rms: bool,
+    dropout_p: float,
+    param_dtype: torch.dtype,
+    dinput_dtype: torch.dtype | None,
+    need_dx: bool,
+    need_dw: bool,
+    need_db: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dinput (where it has a dtype), dw and db, each None where not needed, in at most two launches."""
+    need_dinput = dinput_dtype is not None
+    if not (need_dx or need_dinput):
+        dsummed = None
+        if not (need_dw or need_db):
+            return None, None, None, None
+    check_storage(dy=dy, dsummed=dsummed, summed=x, stats=stats, weight=weight, seed=seed)
+    total_rows = x.numel() // n
+    rows = total_rows // groups
+    fp64 = x.dtype == torch.float64
+    x_stride, dy_stride, weight_stride = row_stride(x, n), row_stride(dy, n), group_stride(weight, n)
+    dsummed_stride = 0 if dsummed is None else row_stride(dsummed, n)
+    threshold, scale_bits = dropout_integers(dropout_p, fp64)
+    config = launch.backward_launch(n, x.element_size(), warp_size(x.device), seed is not None)
+    share = launch.backward_partition(rows, groups, config.rows)
+    # A single partial row that is written once is the result.
+    direct = share.parts == 1 and not (config.looped and rows > config.rows)
+
+    def parameter_gradient(needed: bool) -> tuple[Tensor | None, Tensor | None]:
+        if not needed:
+            return None, None
+        result = torch.empty((groups, n), dtype=param_dtype, device=x.device)
+        if direct:
+            return result, result
+        return result, torch.empty((groups, share.parts, n), dtype=accumulation_dtype(x), device=x.device)
+
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_dx else None
+    dinput = torch.empty(x.shape, dtype=dinput_dtype, device=x.device) if need_dinput else None
+    dw, dw_partial = parameter_gradient(need_dw)
+    db, db_partial = parameter_gradient(need_db)
+    kernel = norm_backward_looped_kernel if config.looped else norm_backward_kernel
+    with on_device_of(x):
+        kernel[(groups * share.parts,)](
+            dy,
+            dsummed,
+            x,
+            stats,
+            weight,
+            seed,
+            dx,
+            dinput,
+            dw_partial,
+            db_partial,
+            threshold,
+            scale_bits,
+            total_rows,
+            rows,
+            share.parts,
+            share.rows_per_part,
+            n,
+            dy_stride,
+            dsummed_stride,
+            x_stride,
+            weight_stride,
+            IS_RMS=rms,
+            FP64=fp64,
+            ALIGN_N=launch.alignment(n),
+            ALIGN_DY=launch.alignment(n, dy_stride),
+            ALIGN_DSUMMED=launch.alignment(n, dsummed_stride),
+            ALIGN_DINPUT=_alignment_beside(x, dinput, n),
+            ALIGN_X=launch.alignment(n, x_stride),
+            ROWS=config.rows,
+            BLOCK_N=config.block_n,
+            num_warps=config.num_warps,
+            **COMPILE_OPTIONS,
+        )
+        if (need_dw or need_db) and not direct:
+            add_up_partials(dw_partial, db_partial, dw, db, groups, share.parts, n)
+    return dx, dinput, dw, db
+
+
 def norm_backward(
     dy: Tensor,
     x: Tensor,
@@ -525,57 +811,36 @@ def norm_backward(
     need_db: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx, dw and db (None where not needed), in at most two launches. See :mod:`fused_norm.backends`."""
-    if not (need_dx or need_dw or need_db):
-        return None, None, None
-    check_storage(dy=dy, x=x, stats=stats, weight=weight)
-    total_rows = x.numel() // n
-    rows = total_rows // groups
-    fp64 = x.dtype == torch.float64
-    x_stride, dy_stride, weight_stride = row_stride(x, n), row_stride(dy, n), group_stride(weight, n)
-    config = launch.backward_launch(n, x.element_size(), warp_size(x.device))
-    share = launch.backward_partition(rows, groups, config.rows)
-    # A single partial row that is written once is the result.
-    direct = share.parts == 1 and not (config.looped and rows > config.rows)
-
-    def parameter_gradient(needed: bool) -> tuple[Tensor | None, Tensor | None]:
-        if not needed:
-            return None, None
-        result = torch.empty((groups, n), dtype=param_dtype, device=x.device)
-        if direct:
-            return result, result
-        return result, torch.empty((groups, share.parts, n), dtype=accumulation_dtype(x), device=x.device)
-
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_dx else None
-    dw, dw_partial = parameter_gradient(need_dw)
-    db, db_partial = parameter_gradient(need_db)
-    kernel = norm_backward_looped_kernel if config.looped else norm_backward_kernel
-    with on_device_of(x):
-        kernel[(groups * share.parts,)](
-            dy,
-            x,
-            stats,
-            weight,
-            dx,
-            dw_partial,
-            db_partial,
-            total_rows,
-            rows,
-            share.parts,
-            share.rows_per_part,
-            n,
-            dy_stride,
-            x_stride,
-            weight_stride,
-            IS_RMS=rms,
-            FP64=fp64,
-            ALIGN_N=launch.alignment(n),
-            ALIGN_DY=launch.alignment(n, dy_stride),
-            ALIGN_X=launch.alignment(n, x_stride),
-            ROWS=config.rows,
-            BLOCK_N=config.block_n,
-            num_warps=config.num_warps,
-            **COMPILE_OPTIONS,
-        )
-        if (need_dw or need_db) and not direct:
-            add_up_partials(dw_partial, db_partial, dw, db, groups, share.parts, n)
+    dx, _, dw, db = _backward(
+        dy, None, x, stats, weight, None, n, groups, rms, 0.0, param_dtype, None, need_dx, need_dw, need_db
+    )
     return dx, dw, db
+
+
+def add_norm_backward(
+    dy: Tensor,
+    dsummed: Tensor | None,
+    summed: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    seed: Tensor | None,
+    n: int,
+    rms: bool,
+    dropout_p: float,
+    param_dtype: torch.dtype,
+    x_dtype: torch.dtype,
+    need_dx: bool,
+    need_dresidual: bool,
+    need_dw: bool,
+    need_db: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dresidual, dw and db (None where not needed), in at most two launches. See :mod:`fused_norm.backends`.
+
+    Where dx would be dresidual it is None, and dresidual is there for either.
+    """
+    if seed is None and x_dtype == summed.dtype:
+        need_dx, need_dresidual = False, need_dx or need_dresidual
+    dinput_dtype = x_dtype if need_dx else None
+    args = (n, 1, rms, dropout_p, param_dtype, dinput_dtype, need_dresidual, need_dw, need_db)
+    dresidual, dx, dw, db = _backward(dy, dsummed, summed, stats, weight, seed, *args)
+    return dx, dresidual, dw, db
