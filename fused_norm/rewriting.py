@@ -36,6 +36,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 
 _Statements = list[ast.stmt]
+_CLASS = ("__class__",)  # the name that super() without arguments takes from around a function
 
 # ---------------------------------------------------------------------------------------------------------- the source
 
@@ -96,7 +97,8 @@ def _compiled(tree: ast.FunctionDef, function: types.FunctionType, outer: tuple[
 
 def source_of(function: types.FunctionType) -> ast.FunctionDef | None:
     """The tree of ``function``'s definition, if its source is there and is what runs; else None."""
-    if function.__code__.co_freevars:  # super() without arguments, or a function made by another
+    outer = function.__code__.co_freevars
+    if outer not in ((), _CLASS):  # a function made by another
         return None
     try:
         lines, start = inspect.getsourcelines(function)
@@ -110,7 +112,7 @@ def source_of(function: types.FunctionType) -> ast.FunctionDef | None:
         if not isinstance(default, (ast.Constant, ast.UnaryOp)):  # evaluated again, it might be another
             return None
     try:
-        again = _compiled(tree, function)()
+        again = _compiled(tree, function, outer)(*outer)
     except Exception:  # a source that does not run is not the function's
         return None
     return tree if _instructions(again.__code__) == _instructions(function.__code__) else None
@@ -431,5 +433,7 @@ def joined(
     tree.body = rewriter.block(tree.body)
     if not rewriter.joined:
         return None
-    make = _compiled(tree, function, ("__fused_norm_add_norm", "__fused_norm_dropout_add_norm"))
-    return make(add_norm, dropout_add_norm), rewriter.joined
+    outer = {"__fused_norm_add_norm": add_norm, "__fused_norm_dropout_add_norm": dropout_add_norm}
+    if function.__code__.co_freevars:
+        outer["__class__"] = function.__closure__[0].cell_contents
+    return _compiled(tree, function, tuple(outer))(*outer.values()), rewriter.joined

@@ -371,3 +371,17 @@ def test_digests() -> None:
     assert len({rewriting.digest(f) for f in (plain, another_default, another_order, sum_before)}) == 4
     # The same on every Python that reads it.
     assert rewriting.digest(plain) == "a0202fecd61ef905"
+
+
+class WithSuper(Block):
+    def forward(self, x, r):
+        x = self.attn(x) + r
+        x = self.norm(x)
+        return x, super().extra_repr()
+
+
+def test_super_still_works() -> None:
+    joined, names, calls = _join(WithSuper.forward)
+    block, x, r = WithSuper(), torch.randn(4, 6), torch.randn(4, 6)
+    torch.testing.assert_close(joined(block, x, r)[0], block(x, r)[0])
+    assert names == ["norm"] and calls and joined(block, x, r)[1] == ""
