@@ -156,6 +156,33 @@ def test_an_interrupted_run_keeps_its_rows(measured, e2e, monkeypatch):
     assert all(row["ratio"] for row in rows.values())
 
 
+def test_a_run_that_dies_has_left_its_rows(e2e, tmp_path, monkeypatch):
+    step, calls = e2e.Variant.step, []
+
+    def dying(self, *args):
+        calls.append(1)
+        if len(calls) == 6:
+            raise MemoryError
+        return step(self, *args)
+
+    monkeypatch.setattr(e2e.Variant, "step", dying)
+    with pytest.raises(MemoryError):
+        options = ["--models", "bert", "--variants", "stock", "--warmup", "0", "--steps", "9"]
+        e2e.main([*TINY, *options, "--output", str(tmp_path / "result")])
+    results = json.loads((tmp_path / "result.json").read_text())
+    assert len(results["models"]["bert"]["variants"]["stock"]["seconds"]) == 5
+    assert "5 steps of 9, interrupted" in (tmp_path / "result.txt").read_text()
+
+
+def test_warming_up_leaves_no_trace(measured):
+    losses = []
+    for steps in ("0", "3"):
+        options = ["--models", "bert", "--variants", "stock", "patched", "--steps", "3", "--profile-steps", "0"]
+        rows = measured(*options, "--warmup", steps)[1]["models"]["bert"]["variants"]
+        losses.append({name: row["losses"] for name, row in rows.items()})
+    assert losses[0] == losses[1]
+
+
 def test_a_variant_that_cannot_run_leaves_the_others(measured, monkeypatch):
     def compile(model):
         def fail(**inputs):
@@ -196,6 +223,10 @@ def test_operators_of_backward_count_as_what_they_are_the_gradient_of(e2e):
 
     found = kinds(e2e, lambda: (x * 3).sum().backward(), nn.Identity())
     assert found["aten::mul", False] == found["aten::mul", True] == {"other"}
+
+    constant = torch.ones(64, 32)  # an operator that makes no node is recorded with the number of the next one
+    found = kinds(e2e, lambda: (F.dropout(constant, 0.5), (x * 3).sum().backward()), nn.Identity())
+    assert found["aten::mul", True] == {"other"}
 
     w = torch.randn(32, 32, requires_grad=True)
     found = kinds(e2e, lambda: (F.linear(x, w) + x).square().sum().backward(), nn.Identity())
