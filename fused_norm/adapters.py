@@ -1,11 +1,10 @@
 """Which classes :func:`fused_norm.patch` knows, and the classes that take their place.
 
-An adapter subclasses the class it replaces, has its names, and overrides ``forward`` alone. A class of transformers is
-known by its code and not by its name: here and in ``adapters_blocks`` stand the forwards of transformers for which the
-adapters were written, as functions that nobody calls, and a class is known if it is one of transformers' own and the
-instructions of its forward are those of one of these functions. So a forward that another version of transformers
-changes, or that somebody has patched, is left and reported, while a copy under another name (LlamaRMSNorm has some
-140) is taken; and it works on any Python, and without source files, because both sides were compiled by the same one.
+An adapter subclasses the class it replaces, has its names, and overrides ``forward`` alone. A norm of transformers is
+known by what its code does and not by its name: ``_NORMS`` has a digest of the forward of each kind, whatever it is
+called in whichever model (Llama's has some 140 copies). A forward that another version of transformers changes, or that
+somebody has patched, has another digest, and is left and reported. A residual block is made from its own forward by
+:mod:`.rewriting`, which needs to know none.
 
 transformers is never imported here: a model that holds its classes has imported it.
 """
@@ -13,7 +12,6 @@ transformers is never imported here: a model that holds its classes has imported
 from __future__ import annotations
 
 import copyreg
-import dis
 import functools
 import types
 from collections.abc import Callable
@@ -25,30 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional as FF
+from . import rewriting
 from .modules import LayerNorm, RMSNorm
 
 _HALF = (torch.bfloat16, torch.float16)
 _FP32 = (torch.float32, *_HALF)  # what fp32 holds
-
-
-# Codes that are compared
-
-
-def instructions(function: Callable) -> tuple:
-    """What ``function`` does, whatever its names, lines, annotations and docstring: comparable within one Python."""
-    code = function.__code__
-
-    def listed(code: types.CodeType) -> tuple:
-        steps = []
-        for step in dis.get_instructions(code):
-            value = listed(step.argval) if isinstance(step.argval, types.CodeType) else step.argval
-            steps.append((step.opname, type(value), value))
-        return tuple(steps)
-
-    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    flags = code.co_flags & (0x04 | 0x08)  # *args, **kwargs
-    keywords = tuple(sorted((function.__kwdefaults__ or {}).items()))
-    return names, code.co_posonlyargcount, code.co_kwonlyargcount, flags, function.__defaults__, keywords, listed(code)
 
 
 # Decorators of transformers after which a call is still the function's own: they rename a deprecated keyword, or
@@ -71,45 +50,26 @@ def unwrapped(function: Any) -> tuple[Callable | None, tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class Known:
-    """One adapter: the methods it was written for, and what it does in place of the first, ``forward``."""
+    """What takes the place of a norm's forward: a plan (see :class:`Call`), or the adapter's forward where that is not
+    enough to say. ``base``: the class derives directly from this, and its forward depends on it."""
 
-    stock: dict[str, tuple]  # method: its instructions
-    plan: Callable | None = None  # of a norm: see Call
-    forward: Callable | None = None  # or, where a plan does not say it, the adapter's forward
-    base: type[nn.Module] | None = None  # the class is a direct subclass of this, where forward depends on it
-    only: type[nn.Module] | None = None  # not a class of transformers, but this one of torch's
-    norms: tuple[str, ...] = ()  # of a residual block: the attributes that hold norms; empty for a norm
-
-    def knows(self, cls: type[nn.Module]) -> bool:
-        if self.only not in (None, cls):
-            return False
-        if self.base is not None and cls.__bases__ != (self.base,):
-            return False
-        for name, expected in self.stock.items():
-            method, _ = unwrapped(getattr(cls, name, None))
-            if method is None or instructions(method) != expected:
-                return False
-            modules = {"torch": torch, "nn": nn, "F": F}
-            if any(method.__globals__.get(name, module) is not module for name, module in modules.items()):
-                return False
-        return True
+    plan: Callable | None = None
+    forward: Callable | None = None
+    base: type[nn.Module] | None = None
 
 
-_KNOWN: list[Known] = []
-
-
-def _recorded(stock: type) -> dict[str, tuple]:
-    return {name: instructions(f) for name, f in vars(stock).items() if isinstance(f, types.FunctionType)}
-
-
-def known(stock: type, **options: Any) -> Callable[[Callable], Callable]:
-    """Decorate the forward that replaces that of classes whose methods are ``stock``'s."""
-
-    def register(forward: Callable) -> Callable:
-        _KNOWN.append(Known(_recorded(stock), forward=forward, **options))
-        return forward
-
-    return register
+def _digests(cls: type[nn.Module]) -> tuple[str | None, ...]:
+    """What the class's forward does, and the method that some of them share the work with."""
+    found = []
+    for method in ("forward", "_norm"):
+        function, _ = unwrapped(getattr(cls, method, None))
+        if function is None:
+            continue
+        modules = {"torch": torch, "nn": nn, "F": F}
+        if any(function.__globals__.get(name, module) is not module for name, module in modules.items()):
+            return ()
+        found.append(rewriting.digest(function))
+    return tuple(found)
 
 
 # The adapters' classes
@@ -119,8 +79,8 @@ def known(stock: type, **options: Any) -> Callable[[Callable], Callable]:
 class _Registry:
     adapters: dict[tuple, type | None] = field(default_factory=dict)  # a stock class, its forward: the adapter, or None
     stocks: dict[type, type] = field(default_factory=dict)  # an adapter: the stock class
-    blocks: dict[type, tuple[str, ...]] = field(default_factory=dict)  # a block's adapter: Known.norms
-    plans: dict[type, Callable] = field(default_factory=dict)  # a fused norm's class: Known.plan
+    blocks: dict[type, tuple[str, ...]] = field(default_factory=dict)  # a block's adapter: where its sums go
+    plans: dict[type, Callable] = field(default_factory=dict)  # a fused norm's class: its plan, see Call
 
 
 _REGISTRY = _Registry()
@@ -149,7 +109,7 @@ def known_base(cls: type[nn.Module], blocks: bool) -> type[nn.Module] | None:
 
 
 def block_norms(cls: type) -> tuple[str, ...]:
-    """The attributes that hold the norms of an adapter of residual blocks; empty for any other class."""
+    """The attributes that a residual block's adapter hands its sums to, the norms among them; empty for others."""
     return _REGISTRY.blocks.get(cls, ())
 
 
@@ -162,19 +122,22 @@ _TORCH = {cls: cls.forward for cls in (nn.TransformerEncoderLayer, nn.Transforme
 
 
 def find(cls: type[nn.Module]) -> Known | None:
-    """What is known of ``cls``, wherever it comes from."""
-    return next((entry for entry in _KNOWN if entry.knows(cls)), None)
+    """What is known of the norm ``cls``, wherever it comes from."""
+    entry = _NORMS.get(_digests(cls))
+    return None if entry is None or (entry.base is not None and cls.__bases__ != (entry.base,)) else entry
 
 
 def _build(cls: type[nn.Module]) -> type[nn.Module] | None:
     # An adapter has its stock class's module, too. A forward of torch's that somebody replaced is not torch's.
     ours = _TORCH.get(cls) is cls.forward if cls in _TORCH else is_transformers(cls) and cls not in _REGISTRY.stocks
-    entry = find(cls) if ours else None
-    if entry is None:
+    if not ours:
         return None
-    stock, adapted = cls.forward, entry.forward
-    _, renamed = unwrapped(stock)
-    if entry.plan is not None:
+    stock = cls.forward
+    function, renamed = unwrapped(stock)
+    if function is None:
+        return None
+    entry, norms = find(cls), ()
+    if entry is not None and entry.plan is not None:
         plan = entry.plan
 
         def forward(self, *args, **kwargs):
@@ -185,6 +148,12 @@ def _build(cls: type[nn.Module]) -> type[nn.Module] | None:
             return stock(self, x) if call is None else normalised(call, x)
 
     else:
+        if entry is not None:
+            adapted = entry.forward
+        elif (found := rewriting.joined(function, add_norm, dropout_add_norm)) is not None:
+            adapted, norms = found[0], tuple(dict.fromkeys(found[1]))
+        else:
+            return None
 
         def forward(self, *args, **kwargs):
             if any(name in kwargs for name in renamed):  # stock's decorator says what is to be said, and renames it
@@ -202,15 +171,15 @@ def _build(cls: type[nn.Module]) -> type[nn.Module] | None:
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
-        "forward": functools.wraps(unwrapped(stock)[0])(forward),
+        "forward": functools.wraps(function)(forward),
         "__reduce_ex__": __reduce_ex__,
     }
     fused = type(cls)(cls.__name__, (cls,), body)
     _REGISTRY.stocks[fused] = cls
-    if entry.plan is not None:
+    if entry is not None and entry.plan is not None:
         _REGISTRY.plans[fused] = entry.plan
-    if entry.norms:
-        _REGISTRY.blocks[fused] = entry.norms
+    if norms:
+        _REGISTRY.blocks[fused] = norms
     return fused
 
 
@@ -314,17 +283,24 @@ def add_norm(
     norm: nn.Module, x: Tensor, residual: Tensor, p: float = 0.0, training: bool = False
 ) -> tuple[Tensor, Tensor]:
     """``(norm(summed), summed)`` with ``summed = residual + dropout(x, p)``: in one call where ``norm`` is fused and
-    nothing watches or replaces it, and as the separate operations of the stock block where not."""
+    nothing watches or replaces it, and as the separate operations of the stock block where not (``x`` and ``residual``
+    may be whatever has a sum there, and ``norm`` any module)."""
     plan = _REGISTRY.plans.get(type(norm))
-    if plan is not None and x.shape == residual.shape and _unwatched(norm):
+    if (
+        plan is not None
+        and isinstance(x, Tensor)
+        and isinstance(residual, Tensor)
+        and x.shape == residual.shape
+        and _unwatched(norm)
+    ):
         call = plan(norm, x.shape[-1], torch.promote_types(x.dtype, residual.dtype)) if x.ndim else None
         if call is not None and call.first is None:
             return _add_normalised(call, x, residual, p, training)
-    summed = residual + F.dropout(x, p, training)
+    summed = residual + (F.dropout(x, p, training) if p else x)
     return norm(summed), summed
 
 
-def dropout_add_norm(norm: nn.Module, dropout: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+def dropout_add_norm(norm: nn.Module, dropout: Callable, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`add_norm` where the block's dropout is a module."""
     if type(dropout) is nn.Dropout and not dropout.inplace and _unwatched(dropout):
         return add_norm(norm, x, residual, dropout.p, dropout.training)
@@ -341,16 +317,6 @@ def _plan_rms_norm(module: nn.RMSNorm, n: int, dtype: torch.dtype) -> Call:
 
 _REGISTRY.plans[LayerNorm] = _plan_layer_norm
 _REGISTRY.plans[RMSNorm] = _plan_rms_norm
-
-
-def _known_norm(plan: Callable, base: type[nn.Module] | None = None) -> Callable[[type], type]:
-    """Decorate the record of a norm of transformers: its methods, which ``plan`` replaces."""
-
-    def register(stock: type) -> type:
-        _KNOWN.append(Known(_recorded(stock), plan=plan, base=base))
-        return stock
-
-    return register
 
 
 def _fits(weight: Any, n: int, dtype: torch.dtype) -> bool:
@@ -394,112 +360,8 @@ def _no_weight(module: nn.Module, n: int, dtype: torch.dtype) -> Call | None:
     return Call(True, (n,), None, None, module.eps) if dtype in _FP32 else None
 
 
-@_known_norm(_cast_then_weight("variance_epsilon"))
-class _LlamaRMSNorm:
-    def forward(self, hidden_states):
-        input_dtype = hidden_states.dtype
-        hidden_states = hidden_states.to(torch.float32)
-        variance = hidden_states.pow(2).mean(-1, keepdim=True)
-        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
-        return self.weight * hidden_states.to(input_dtype)
-
-
-@_known_norm(_cast_then_weight("eps"))
-class _Llama4TextRMSNorm:
-    def _norm(self, x):
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-
-    def forward(self, x):
-        output = self._norm(x.float()).type_as(x)
-        return output * self.weight
-
-
-@_known_norm(_cast_then_weight("eps"))
-class _CpmAntLayerNorm:
-    def forward(self, hidden_states):
-        if hidden_states.size(-1) != self.dim_norm:
-            raise AssertionError("hidden_states.size(-1) != self.dim_norm")
-        old_dtype = hidden_states.dtype
-        variance = hidden_states.to(torch.float32).pow(2).mean(dim=-1, keepdim=True)
-        hidden_states = (hidden_states * torch.rsqrt(variance + self.eps)).to(old_dtype) * self.weight
-        return hidden_states
-
-
-@_known_norm(_weight_then_cast("variance_epsilon"))
-class _Olmo2RMSNorm:
-    def forward(self, hidden_states):
-        input_dtype = hidden_states.dtype
-        hidden_states = hidden_states.to(torch.float32)
-        variance = hidden_states.pow(2).mean(-1, keepdim=True)
-        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
-        return (self.weight * hidden_states).to(input_dtype)
-
-
-@_known_norm(_weight_then_cast("variance_epsilon"))
-class _HeliumRMSNorm:
-    def forward(self, hidden_states):
-        input_dtype = hidden_states.dtype
-        hidden_states = hidden_states.to(torch.float32)
-        variance = hidden_states.pow(2).mean(-1, keepdim=True)
-        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
-        return (self.weight.to(torch.float32) * hidden_states).to(input_dtype)
-
-
-@_known_norm(_weight_then_cast("eps"))
-class _MoshiRMSNorm:
-    def _norm(self, x):
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-
-    def forward(self, x):
-        output = self._norm(x.float())
-        output = output * self.weight.float()
-        return output.type_as(x)
-
-
-@_known_norm(_weight_then_cast("eps", offset=1.0))
-class _GemmaRMSNorm:
-    def _norm(self, x):
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-
-    def forward(self, x):
-        output = self._norm(x.float())
-        output = output * (1.0 + self.weight.float())
-        return output.type_as(x)
-
-
 def _plan_gemma4(module: nn.Module, n: int, dtype: torch.dtype) -> Call | None:
     return _weight_then_cast("eps")(module, n, dtype) if module.with_scale else _no_weight(module, n, dtype)
-
-
-@_known_norm(_plan_gemma4)
-class _Gemma4RMSNorm:
-    def _norm(self, hidden_states):
-        mean_squared = hidden_states.pow(2).mean(-1, keepdim=True) + self.eps
-        return hidden_states * torch.pow(mean_squared, -0.5)
-
-    def forward(self, hidden_states):
-        normed_output = self._norm(hidden_states.float())
-        if self.with_scale:
-            normed_output = normed_output * self.weight.float()
-        return normed_output.type_as(hidden_states)
-
-
-@_known_norm(_no_weight)
-class _NanoChatRMSNorm:
-    def _norm(self, x):
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-
-    def forward(self, x):
-        return self._norm(x.float()).type_as(x)
-
-
-@_known_norm(_no_weight)
-class _Inkling2UnweightedRMSNorm:
-    def forward(self, hidden_states):
-        input_dtype = hidden_states.dtype
-        hidden_states = hidden_states.float()
-        hidden_states = hidden_states * torch.rsqrt(hidden_states.square().mean(-1, keepdim=True) + self.eps)
-        return hidden_states.to(input_dtype)
 
 
 def _plan_t5(module: nn.Module, n: int, dtype: torch.dtype) -> Call | None:
@@ -516,16 +378,6 @@ def _plan_t5(module: nn.Module, n: int, dtype: torch.dtype) -> Call | None:
     return None
 
 
-@_known_norm(_plan_t5)
-class _T5LayerNorm:
-    def forward(self, hidden_states):
-        variance = hidden_states.to(torch.float32).pow(2).mean(-1, keepdim=True)
-        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
-        if self.weight.dtype in [torch.float16, torch.bfloat16]:
-            hidden_states = hidden_states.to(self.weight.dtype)
-        return self.weight * hidden_states
-
-
 def _plan_imagegpt(module: nn.Module, n: int, dtype: torch.dtype) -> Call | None:
     """In x's own dtype throughout: below fp32 that is not what our kernels compute."""
     weight = module.weight
@@ -534,25 +386,8 @@ def _plan_imagegpt(module: nn.Module, n: int, dtype: torch.dtype) -> Call | None
     return Call(True, (n,), weight, None, module.eps)
 
 
-@_known_norm(_plan_imagegpt)
-class _ImageGPTLayerNorm:
-    def forward(self, tensor):
-        tensor = tensor / torch.sqrt(torch.mean(torch.square(tensor), axis=-1, keepdim=True) + self.eps)
-        tensor = tensor * self.weight
-        return tensor
-
-
 def _plan_olmo(module: nn.Module, n: int, dtype: torch.dtype) -> Call | None:
     return Call(False, module.normalized_shape, None, None, 1e-5) if dtype in _FP32 else None
-
-
-@_known_norm(_plan_olmo)
-class _OlmoLayerNorm:
-    def forward(self, hidden_states):
-        orig_dtype = hidden_states.dtype
-        return F.layer_norm(hidden_states.to(dtype=torch.float32), self.normalized_shape, None, None, eps=1e-5).to(
-            orig_dtype
-        )
 
 
 def _plan_cohere(module: nn.Module, n: int, dtype: torch.dtype) -> Call | None:
@@ -565,18 +400,6 @@ def _plan_cohere(module: nn.Module, n: int, dtype: torch.dtype) -> Call | None:
     return Call(False, (n,), None, None, eps, first=torch.float32, times=weight.float(), last=dtype)
 
 
-@_known_norm(_plan_cohere)
-class _CohereLayerNorm:
-    def forward(self, hidden_states):
-        input_dtype = hidden_states.dtype
-        hidden_states = hidden_states.to(torch.float32)
-        mean = hidden_states.mean(-1, keepdim=True)
-        variance = (hidden_states - mean).pow(2).mean(-1, keepdim=True)
-        hidden_states = (hidden_states - mean) * torch.rsqrt(variance + self.variance_epsilon)
-        hidden_states = self.weight.to(torch.float32) * hidden_states
-        return hidden_states.to(input_dtype)
-
-
 def _plan_deberta(module: nn.Module, n: int, dtype: torch.dtype) -> Call | None:
     """Rounded once, where the stock forward of a half-precision model rounds three times."""
     weight, bias, eps = module.weight, module.bias, module.variance_epsilon
@@ -585,19 +408,6 @@ def _plan_deberta(module: nn.Module, n: int, dtype: torch.dtype) -> Call | None:
     if weight.dtype == bias.dtype == dtype:
         return Call(False, (n,), weight, bias, eps)
     return Call(False, (n,), None, None, eps, times=weight, plus=bias)
-
-
-@_known_norm(_plan_deberta)
-class _DebertaLayerNorm:
-    def forward(self, hidden_states):
-        input_type = hidden_states.dtype
-        hidden_states = hidden_states.float()
-        mean = hidden_states.mean(-1, keepdim=True)
-        variance = (hidden_states - mean).pow(2).mean(-1, keepdim=True)
-        hidden_states = (hidden_states - mean) / torch.sqrt(variance + self.variance_epsilon)
-        hidden_states = hidden_states.to(input_type)
-        y = self.weight * hidden_states + self.bias
-        return y
 
 
 def _plan_nemotron(module: nn.LayerNorm, n: int, dtype: torch.dtype) -> Call | None:
@@ -612,71 +422,50 @@ def _plan_nemotron(module: nn.LayerNorm, n: int, dtype: torch.dtype) -> Call | N
     return Call(False, (n,), weight, bias, module.eps, 1.0, first=None if first == dtype else first)
 
 
-@_known_norm(_plan_nemotron, base=nn.LayerNorm)
-class _NemotronLayerNorm1P:
-    def forward(self, input):
-        device_type = input.device.type
-        args = _cast_if_autocast_enabled(  # noqa: F821
-            device_type, input, self.normalized_shape, self.weight + 1.0, self.bias, self.eps
-        )
-        with maybe_autocast(device_type=input.device.type, enabled=False):  # noqa: F821
-            return F.layer_norm(*args)
-
-
 def _plan_chameleon(module: nn.LayerNorm, n: int, dtype: torch.dtype) -> Call:
     """The weight and the bias are (heads, n)."""
     shape = module.normalized_shape
     return Call(False, shape, None, None, 1e-5, times=module.weight, plus=module.bias, autocast=True)
 
 
-@_known_norm(_plan_chameleon, base=nn.LayerNorm)
-class _ChameleonLayerNorm:
-    def forward(self, hidden_states):
-        hidden_states = F.layer_norm(hidden_states, self.normalized_shape, None, None, eps=1e-5)
-        hidden_states = hidden_states * self.weight + self.bias
-        return hidden_states
-
-
 def _plan_esmc(module: nn.LayerNorm, n: int, dtype: torch.dtype) -> Call:
     return _plan_layer_norm(module, n, dtype)._replace(last=dtype)
-
-
-@_known_norm(_plan_esmc, base=nn.LayerNorm)
-class _EsmcLayerNorm:
-    def forward(self, hidden_states):
-        return super().forward(hidden_states).to(hidden_states.dtype)
 
 
 def _own_layer_norm(self: nn.LayerNorm, x: Tensor) -> Tensor:
     return FF.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
-class _ConvNextLayerNorm:
-    def forward(self, features):
-        if self.data_format == "channels_first":
-            features = features.permute(0, 2, 3, 1)
-            features = super().forward(features)
-            features = features.permute(0, 3, 1, 2)
-        else:
-            features = super().forward(features)
-        return features
-
-
-@known(_ConvNextLayerNorm, base=nn.LayerNorm)
 def _convnext(self, features):
     if self.data_format == "channels_first":
         return _own_layer_norm(self, features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     return _own_layer_norm(self, features)
 
 
-class _EomtLayerNorm2d:
-    def forward(self, hidden_state):
-        hidden_state = hidden_state.permute(0, 2, 3, 1)
-        hidden_state = F.layer_norm(hidden_state, self.normalized_shape, self.weight, self.bias, self.eps)
-        hidden_state = hidden_state.permute(0, 3, 1, 2)
-        return hidden_state
-
-
-@known(_EomtLayerNorm2d, base=nn.LayerNorm)
 def _eomt(self, hidden_state):
     return _own_layer_norm(self, hidden_state.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+#: What the digests of a class's forward and ``_norm`` say it is.
+_NORMS: dict[tuple[str | None, ...], Known] = {
+    ("0a6a5dfdf5179be0",): Known(_cast_then_weight("variance_epsilon")),  # LlamaRMSNorm
+    ("337d81b6d769b6c9", "078e6c1d9de49357"): Known(_cast_then_weight("eps")),  # Llama4TextRMSNorm
+    ("34769db5c5fd75dc",): Known(_cast_then_weight("eps")),  # CpmAntLayerNorm
+    ("467d2fc1d5a62b12",): Known(_weight_then_cast("variance_epsilon")),  # Olmo2RMSNorm
+    ("3447b24478c25175",): Known(_weight_then_cast("variance_epsilon")),  # HeliumRMSNorm
+    ("09439c829b4875fb", "078e6c1d9de49357"): Known(_weight_then_cast("eps")),  # MoshiRMSNorm
+    ("1b39a878df291695", "078e6c1d9de49357"): Known(_weight_then_cast("eps", offset=1.0)),  # GemmaRMSNorm
+    ("7c87c53da6e366b2", "c7b9a7b3eab5a053"): Known(_plan_gemma4),
+    ("bd5d20f14ee44762", "078e6c1d9de49357"): Known(_no_weight),  # NanoChatRMSNorm
+    ("8bc0730a72198945",): Known(_no_weight),  # Inkling2UnweightedRMSNorm
+    ("bc5468382634ede6",): Known(_plan_t5),
+    ("8b63b994edf36c66",): Known(_plan_imagegpt),
+    ("cad2865e10ca1650",): Known(_plan_olmo),
+    ("8b33cdf85aae3008",): Known(_plan_cohere),
+    ("f0c407365fda3430",): Known(_plan_deberta),
+    ("e34e0e3b078aef4e",): Known(_plan_nemotron, base=nn.LayerNorm),
+    ("6ca19329b2ac4c3e",): Known(_plan_chameleon, base=nn.LayerNorm),
+    ("5e543c9f62fbfe5e",): Known(_plan_esmc, base=nn.LayerNorm),
+    ("2e18422c8be3d845",): Known(forward=_convnext, base=nn.LayerNorm),
+    ("fa9c95235b5ea5a2",): Known(forward=_eomt, base=nn.LayerNorm),
+}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from . import adapters, adapters_blocks  # noqa: F401 (adapters_blocks registers what it knows)
+from . import adapters
 from .modules import LayerNorm, RMSNorm
 
 _SWAPS: dict[type[nn.Module], type[nn.Module]] = {nn.LayerNorm: LayerNorm, nn.RMSNorm: RMSNorm}
@@ -107,13 +107,16 @@ def patch(model: nn.Module, *, residual: bool = True) -> PatchReport:
 
     Norms: every exact :class:`torch.nn.LayerNorm` and :class:`torch.nn.RMSNorm`, and the norms of transformers whose
     code this package knows: RMSNorm of Llama and some 140 copies of it, of T5, Gemma, OLMo 2; LayerNorm of OLMo,
-    Cohere, Nemotron, DeBERTa and others. Blocks: the output blocks of BERT and its copies, the layers of Llama and its
-    copies, of GPT-2, OPT, BART, Whisper, CLIP, ViT and others.
+    Cohere, Nemotron, DeBERTa and others. Blocks: any module of transformers, and torch's transformer layers, whose
+    forward adds two tensors and hands the sum straight to one of these norms, as the output blocks of BERT and the
+    layers of Llama, GPT-2, BART and ViT do; a dropout just before the addition joins them. The new forward is made from
+    the source of the old one. An addition whose norm is in another module stays: a decoder layer's last, which the next
+    layer's first norm takes.
 
     What is not known is left and reported: subclasses, norms of other packages, code that came with a checkpoint,
-    classes and modules whose forward somebody replaced. A fused block looks at each call whether its norm and its
-    dropout still are what they were, and nobody watches them by hooks, and if not calls them one by one. Patching twice
-    changes nothing more.
+    classes and modules whose forward somebody replaced, forwards without their source. A fused block looks at each call
+    whether its norm and its dropout still are what they were, and nobody watches them by hooks, and if not calls them
+    one by one. Patching twice changes nothing more.
 
     Args:
         model: any module.
@@ -148,8 +151,8 @@ def patch(model: nn.Module, *, residual: bool = True) -> PatchReport:
         if any(adapters.fusable(norm) for norm in norms.values()):
             module.__class__ = fused
             report.residual.append(name)
-        else:
-            found = ", ".join(f"{attribute} is {type(norm).__name__}" for attribute, norm in norms.items())
+        elif named := [attribute for attribute in norms if "norm" in attribute.lower() or attribute.startswith("ln")]:
+            found = ", ".join(f"{attribute} is {type(norms[attribute]).__name__}" for attribute in named)
             report.residual_left[name] = f"{type(module).__qualname__}: its norm is not fused ({found})"
     for name, module in model.named_modules():
         if (reason := _block_reason_left(module)) is not None:

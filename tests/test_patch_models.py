@@ -80,26 +80,26 @@ EXPERTS = {"num_experts_per_tok": 1, "moe_intermediate_size": 16}
 
 # name: (class, options of its config, norms swapped, residual blocks swapped)
 FAMILIES: dict[str, tuple[str, dict, int, int]] = {
-    "bert": ("BertModel", TEXT, 5, 4),
-    "roberta": ("RobertaModel", TEXT, 5, 4),
-    "xlm_roberta": ("XLMRobertaModel", TEXT, 5, 4),
-    "camembert": ("CamembertModel", TEXT, 5, 4),
-    "electra": ("ElectraModel", TEXT, 5, 4),
+    "bert": ("BertModel", TEXT, 5, 5),
+    "roberta": ("RobertaModel", TEXT, 5, 5),
+    "xlm_roberta": ("XLMRobertaModel", TEXT, 5, 5),
+    "camembert": ("CamembertModel", TEXT, 5, 5),
+    "electra": ("ElectraModel", TEXT, 5, 5),
     "ernie": ("ErnieModel", TEXT, 5, 4),
     "rembert": ("RemBertModel", TEXT, 5, 4),
-    "mpnet": ("MPNetModel", TEXT, 5, 4),
-    "layoutlm": ("LayoutLMModel", TEXT, 5, 4),
+    "mpnet": ("MPNetModel", TEXT, 5, 5),
+    "layoutlm": ("LayoutLMModel", TEXT, 5, 5),
     "deberta": ("DebertaModel", TEXT, 5, 4),
     "deberta_v2": ("DebertaV2Model", TEXT, 5, 4),
-    "convbert": ("ConvBertModel", TEXT, 5, 4),
-    "roformer": ("RoFormerModel", TEXT, 5, 4),
+    "convbert": ("ConvBertModel", TEXT, 5, 5),
+    "roformer": ("RoFormerModel", TEXT, 5, 5),
     "splinter": ("SplinterModel", TEXT, 5, 4),
-    "albert": ("AlbertModel", {**TEXT, "embedding_size": 16}, 3, 0),
+    "albert": ("AlbertModel", {**TEXT, "embedding_size": 16}, 3, 3),
     "distilbert": (
         "DistilBertModel",
         {"vocab_size": 99, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 64},
         5,
-        2,
+        3,
     ),
     "modernbert": ("ModernBertModel", TEXT, 5, 2),
     "xlnet": ("XLNetModel", {"vocab_size": 99, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64}, 4, 2),
@@ -247,7 +247,7 @@ FAMILIES: dict[str, tuple[str, dict, int, int]] = {
             "feat_extract_norm": "layer",
         },
         8,
-        2,
+        3,
     ),
 }
 # What transformers holds of these kinds and is left, with a word of the reason.
@@ -256,7 +256,6 @@ LEFT = {
     "wav2vec2": {"_WeightNorm": "not a norm this package knows"},
 }
 RESIDUAL_LEFT = {
-    "albert": "AlbertLayer",
     "olmo2": "Olmo2DecoderLayer",
     "cohere": "CohereDecoderLayer",
     "cohere2": "Cohere2DecoderLayer",
@@ -978,3 +977,33 @@ def test_norm_of_a_size_that_does_not_fit(name: str) -> None:
                 fused(x)
             continue
         torch.testing.assert_close(fused(x), expected)
+
+
+# The kernels package of Hugging Face
+
+
+@pytest.mark.parametrize("name", ["llama", "olmo2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernel_mapping(name: str, dtype: torch.dtype, reference_calls) -> None:
+    """Two classes that transformers gives one name, though they round differently in bf16."""
+    if not transformers.utils.is_kernels_available():
+        pytest.skip("transformers finds no version of kernels that it takes")
+    import kernels
+
+    from fused_norm.kernel_layers import kernel_mapping
+
+    stock, inputs = build(name)
+    stock.eval().to(dtype)
+    model = copy.deepcopy(stock)
+    with kernels.use_kernel_mapping(kernel_mapping(), inherit_mapping=False):
+        kernels.kernelize(model, mode=kernels.Mode.TRAINING, device="cpu")
+    assert classes(model) == classes(stock)
+    with fused_norm.use_backend("reference"):
+        forward(model, inputs)
+    assert len(reference_calls.forward) == FAMILIES[name][2]
+    if dtype == torch.float32:
+        assert_close(gradients(model, inputs), gradients(stock, inputs))
+    ours, patched = (forward(m, inputs)[0] for m in (model, patched_copy(stock, residual=False)))
+    assert torch.equal(ours, patched)
+    report = fused_norm.patch(model)
+    assert report.swapped == [] and all("kernelize" in reason for reason in report.left.values())
