@@ -977,33 +977,3 @@ def test_norm_of_a_size_that_does_not_fit(name: str) -> None:
                 fused(x)
             continue
         torch.testing.assert_close(fused(x), expected)
-
-
-# The kernels package of Hugging Face
-
-
-@pytest.mark.parametrize("name", ["llama", "olmo2"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kernel_mapping(name: str, dtype: torch.dtype, reference_calls) -> None:
-    """Two classes that transformers gives one name, though they round differently in bf16."""
-    if not transformers.utils.is_kernels_available():
-        pytest.skip("transformers finds no version of kernels that it takes")
-    import kernels
-
-    from fused_norm.kernel_layers import kernel_mapping
-
-    stock, inputs = build(name)
-    stock.eval().to(dtype)
-    model = copy.deepcopy(stock)
-    with kernels.use_kernel_mapping(kernel_mapping(), inherit_mapping=False):
-        kernels.kernelize(model, mode=kernels.Mode.TRAINING, device="cpu")
-    assert classes(model) == classes(stock)
-    with fused_norm.use_backend("reference"):
-        forward(model, inputs)
-    assert len(reference_calls.forward) == FAMILIES[name][2]
-    if dtype == torch.float32:
-        assert_close(gradients(model, inputs), gradients(stock, inputs))
-    ours, patched = (forward(m, inputs)[0] for m in (model, patched_copy(stock, residual=False)))
-    assert torch.equal(ours, patched)
-    report = fused_norm.patch(model)
-    assert report.swapped == [] and all("kernelize" in reason for reason in report.left.values())
