@@ -150,6 +150,7 @@ class Variant:
     optimizer: torch.optim.Optimizer
     note: str = ""
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)  # of all threads of this process
     losses: list[float] = field(default_factory=list)
 
     def logits(self, tokens: Tensor) -> Tensor:
@@ -354,13 +355,13 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 def summarize(result: dict[str, Any]) -> None:
     """Medians and ratios from the seconds of the steps that all variants have done."""
-    stock = result["variants"]["stock"]["seconds"] if "stock" in result["variants"] else []
     for row in result["variants"].values():
         if row["seconds"]:
             row["ms"] = [s * 1e3 for s in quartiles(row["seconds"])]
-        pairs = list(zip(stock, row["seconds"], strict=False))
-        if pairs:
-            row["ratio"] = list(quartiles([a / b for a, b in pairs]))
+        for key, ratio in (("seconds", "ratio"), ("cpu_seconds", "cpu_ratio")):
+            pairs = list(zip(result["variants"].get("stock", row)[key], row[key], strict=False))
+            if pairs and "stock" in result["variants"]:
+                row[ratio] = list(quartiles([a / b for a, b in pairs]))
 
 
 def table(results: dict[str, Any]) -> str:
@@ -371,7 +372,8 @@ def table(results: dict[str, Any]) -> str:
         f" commit {(about['commit'] or 'unknown')[:7]}{' and changes' if about['uncommitted_changes'] else ''},"
         f" {about['date']}.",
         f"{about['command']}",
-        "Median milliseconds of a step with quartiles; the stock model's time by this one's, step by step, likewise.",
+        "Median milliseconds of a step with quartiles; the stock model's time by this one's, step by step, likewise:",
+        "by the clock, and of the CPU in all threads of the process, which other processes disturb less.",
     ]
     for name, result in results["models"].items():
         size, done = result["size"], max(len(row["seconds"]) for row in result["variants"].values())
@@ -381,17 +383,18 @@ def table(results: dict[str, Any]) -> str:
             f" {size['batch']} x {size['length']} tokens, dropout {size['dropout']:g}, {result['dtype']},"
             f" {result['parameters'] / 1e6:.1f} M parameters, {done} steps of {result['steps']}"
             + (", interrupted" if result["interrupted"] else ""),
-            f"  {'':<10}{'ms a step':>24}{'stock / this':>26}",
+            f"  {'':<10}{'ms a step':>26}{'stock / this':>26}{'the same, CPU time':>26}",
         ]
         for variant, row in result["variants"].items():
             if row.get("failed"):
                 lines.append(f"  {variant:<10}{row['failed']}")
             elif "ms" in row:
                 low, middle, high = row["ms"]
-                cells = f"{middle:9.2f} ({low:.2f} to {high:.2f})".rjust(24)
-                if "ratio" in row:
-                    low, middle, high = row["ratio"]
-                    cells += f"{middle:9.3f} ({low:.3f} to {high:.3f})".rjust(26)
+                cells = f"{middle:9.2f} ({low:.2f} to {high:.2f})".rjust(26)
+                for ratio in ("ratio", "cpu_ratio"):
+                    if ratio in row:
+                        low, middle, high = row[ratio]
+                        cells += f"{middle:9.3f} ({low:.3f} to {high:.3f})".rjust(26)
                 off = result["logits_off"].get(variant)
                 notes = [row["note"], f"logits {off:.0e} off" if off else ""]
                 lines.append(f"  {variant:<10}{cells}   {', '.join(n for n in notes if n)}".rstrip())
@@ -441,7 +444,7 @@ def measure(name: str, size: Size, args: argparse.Namespace, results: dict[str, 
     variants: dict[str, Variant] = {}
     warm = batch(name, size, device, 0)
     for variant_name in args.variants:
-        variant, row = make_variant(variant_name, stock), {"seconds": [], "losses": []}
+        variant, row = make_variant(variant_name, stock), {"seconds": [], "cpu_seconds": [], "losses": []}
         result["variants"][variant_name] = row
         try:
             for i in range(args.warmup):
@@ -452,7 +455,7 @@ def measure(name: str, size: Size, args: argparse.Namespace, results: dict[str, 
                 raise
             row["failed"] = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
             continue
-        row["note"], row["seconds"], row["losses"] = variant.note, variant.seconds, variant.losses
+        row |= {key: getattr(variant, key) for key in ("note", "seconds", "cpu_seconds", "losses")}
         variants[variant_name] = variant
         # The steps before changed the parameters, each by its own masks.
         variant.model.load_state_dict(stock.state_dict())
@@ -465,10 +468,11 @@ def measure(name: str, size: Size, args: argparse.Namespace, results: dict[str, 
         for variant in (variants[n] for n in order):
             torch.manual_seed(step)
             synchronize(device)
-            began = time.perf_counter()
+            began, cpu_began = time.perf_counter(), time.process_time()
             loss = variant.step(*one)
             synchronize(device)
             variant.seconds.append(time.perf_counter() - began)
+            variant.cpu_seconds.append(time.process_time() - cpu_began)
             variant.losses.append(loss.item())
         sink.save()
     if args.profile_steps:

@@ -125,7 +125,7 @@ def test_all_three_from_end_to_end(whole):
     ):
         assert re.search(rf"^  {line}", output, re.MULTILINE), f"the table has no line {line!r}:\n{output}"
     assert re.search(r"norms swapped +0 of 5 +5 of 5 +5 of 5\n", output)
-    assert re.search(r"residual blocks swapped +0 +0 +4\n", output)
+    assert int(re.search(r"residual blocks swapped +0 +0 +(\d+)\n", output)[1]) >= 4  # two a layer
     assert re.search(r"gradients of step 1 +\S+ off +other masks\n", output)
     assert len(re.findall(r"^Time of torch / (?:fused norms|and residual), step by step: median \d", output, re.M)) == 2
     assert "draws other dropout masks than torch from the same seed" in output
@@ -154,7 +154,7 @@ def test_without_dropout_the_residual_run_is_the_others(examples, small, tmp_pat
     (folder / "config.json").write_text(json.dumps(config | changed))
     args = script.parse_arguments([*small, "--epochs", "1", "--model", str(folder), "--output", str(tmp_path / "out")])
     stock, fused, residual = script.train(script.load_task(args), args, {})
-    assert (stock.blocks, fused.blocks, residual.blocks) == (0, 0, 4)
+    assert stock.blocks == fused.blocks == 0 and residual.blocks >= 4
     for run in (fused, residual):
         assert run.losses == pytest.approx(stock.losses, rel=1e-4)
 

@@ -172,7 +172,9 @@ def assert_fused(ours: dict[str, Any]) -> None:
     assert ours["reports"]
     for report in ours["reports"]:
         assert len(report.swapped) >= 5 and len(report.residual) >= 2 and not report.left and not report.residual_left
-    assert ours["add_norms"] >= 6 * len(ours["reports"][0].residual)
+    # BERT's embeddings are such a block too, whose position embeddings are broadcast: a sum that is made apart.
+    layers = [name for name in ours["reports"][0].residual if "embeddings" not in name]
+    assert layers and ours["add_norms"] >= 6 * len(layers)
 
 
 def assert_losses_equal(ours: list[float], theirs: list[float]) -> None:
