@@ -155,11 +155,8 @@ def test_a_failure_names_tensor_error_limit_and_case(plant) -> None:
 def test_what_torch_gets_wrong_is_wrong_here() -> None:
     """Were it right now, the entry should go."""
     checks = [c for c in testing.gradchecks(["cpu"], ["torch"]) if c.expected_failure is not None]
-    assert {str(c) for c in checks} == {
-        "layer_norm-torch-cpu-float64-hessian",
-        "layer_norm-torch-cpu-bfloat16+float32-jvp",
-        "layer_norm-torch-cpu-float16+float32-jvp",
-    }
+    modes = "float64-hessian", "bfloat16+float32-jvp", "float16+float32-jvp"
+    assert {str(c) for c in checks} == {f"{op}-torch-cpu-{m}" for op in ("layer_norm", "add_layer_norm") for m in modes}
     for check in checks:
         result = check.result()
         assert result.status == "xfail", result
@@ -283,4 +280,6 @@ def test_a_backend_without_such_a_kernel_has_no_check_to_fail(monkeypatch) -> No
         pytest.skip("native is missing here")
     assert {c.op for c in testing.gradchecks(["cpu"], ["native"])} == set(testing.OPERATIONS)
     monkeypatch.delattr(dispatch.load("native"), "ticks_forward")
-    assert {c.op for c in testing.gradchecks(["cpu"], ["native"])} == {"layer_norm", "rms_norm"}
+    assert {c.op for c in testing.gradchecks(["cpu"], ["native"])} == {
+        *("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
+    }
