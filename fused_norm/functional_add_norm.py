@@ -103,19 +103,31 @@ def _probability(dropout_p: float, training: bool) -> float:
 
 def _add_norm(public, rms, x, residual, shape, weight, bias, eps, p, cast) -> tuple[Tensor, Tensor]:
     """Both functions: ``public`` is the one the user called, whose place a torch function mode may take."""
-    tensors = (x, residual, weight, bias)
     if is_compiling() and not is_exporting():
         seed = _new_seed(x) if p else None
         if transforms_active():  # torch.func takes no derivative of an operator, and gives zeros without a word
             return _checked_add_norm(rms, x, residual, shape, weight, bias, eps, p, cast, seed, by_formulas=True)
         plan = dispatch.compile_plan("norm", x.device.type)
         return _add_norm_op(x, residual, shape, weight, bias, eps, rms, cast, p, seed, plan)
+    tensors = (x, residual, weight, bias)
     # torch.export, torch.jit.trace, tensor subclasses: as functional_norms.
-    if (
-        is_compiling()
-        or is_tracing()
-        or any(t is not None and type(t) not in PLAIN for t in tensors)
-        or any(t.layout is not torch.strided or t.is_nested for t in (x, residual))
+    if is_compiling() or is_tracing():
+        return _by_parts(rms, F.dropout(x, p) if p else x, residual, shape, weight, bias, eps, cast)
+    n = dispatch.plain_row_length(residual, shape, weight, bias)
+    if (  # an ordinary call: nothing is left to check or to convert
+        n
+        and dispatch.plain_row_length(x, shape, weight, bias)
+        and (x.dtype, x.shape, x.device) == (residual.dtype, residual.shape, residual.device)
+        and type(eps) is float
+        and p < 1.0
+        and not transforms_active()
+        and (x.is_cpu or not autocast_enabled(x.device.type))
+    ):
+        backend = dispatch.select("norm", "cpu" if x.is_cpu else x.device.type)
+        if backend is not None:
+            return _run(rms, x, residual, weight, bias, _new_seed(x) if p else None, n, eps, p, cast, backend)
+    if any(t is not None and type(t) not in PLAIN for t in tensors) or any(
+        t.layout is not torch.strided or t.is_nested for t in (x, residual)
     ):
         return _by_parts(rms, F.dropout(x, p) if p else x, residual, shape, weight, bias, eps, cast)
     if has_torch_function((x,)):
@@ -189,8 +201,11 @@ def _checked_add_norm(
     if x.dtype != dtype and not (x.dtype in LOW_PRECISION and dtype == torch.float32):
         x = x.to(dtype)
     x, residual = (resolve(t) if t.is_neg() else t for t in (x, residual))
-    weight, bias = dense(weight), dense(bias)
-    cast = cast and weight is not None and dtype in LOW_PRECISION
+    return _run(rms, x, residual, dense(weight), dense(bias), seed, n, eps, p, cast, backend)
+
+
+def _run(rms, x, residual, weight, bias, seed, n, eps, p, cast, backend) -> tuple[Tensor, Tensor]:
+    cast = cast and weight is not None and residual.dtype in LOW_PRECISION
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, weight, bias)):
         return AddNorm.call(x, residual, weight, bias, seed, n, eps, rms, p, cast, backend)[:2]
     return add_norm_forward(x, residual, weight, bias, seed, n, eps, rms, p, cast, backend)[:2]

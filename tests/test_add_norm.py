@@ -431,6 +431,19 @@ def test_torch_func(op: str, place) -> None:
 
 
 @both_ops
+def test_forward_mode_with_dual_numbers(op: str, place) -> None:
+    x, r, params = _inputs(op, 3, 10, torch.float64, place.device)
+    tangents = [torch.randn_like(t) for t in (x, r, *params)]
+    results = []
+    for function in (_call, _parts):
+        with torch.autograd.forward_ad.dual_level():
+            duals = [torch.autograd.forward_ad.make_dual(t, d) for t, d in zip((x, r, *params), tangents, strict=True)]
+            outputs = function(op, *duals[:2], duals[2:])
+            results += [torch.autograd.forward_ad.unpack_dual(o).tangent for o in outputs]
+    torch.testing.assert_close(results[:2], results[2:], rtol=1e-9, atol=1e-9)
+
+
+@both_ops
 def test_second_derivatives_through_a_graph(op: str, place) -> None:
     """A gradient penalty, with the mask of forward in both."""
     if not _has_our_mask(place):
