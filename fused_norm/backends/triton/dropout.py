@@ -9,45 +9,58 @@ from .common import float_bits
 
 
 @triton.jit
-def _philox_words(seed, low, high):
-    """The four words of Philox4x32-10 with the key (low, high half of seed) and the counter (low, high, 0, 0)."""
+def _keep_words(seed, low, high, threshold):
+    """Which elements of a block are kept: whether each word of Philox4x32-10 reaches the threshold, all unsigned.
+
+    The key is (low, high half of seed), the counter (low, high, 0, 0); the threshold comes as the bits of an int32.
+    """
     zero = low * 0
-    return tl.philox(seed, low, high, zero, zero)
+    word0, word1, word2, word3 = tl.philox(seed, low, high, zero, zero)
+    least = threshold.to(tl.uint32, bitcast=True)
+    return word0 >= least, word1 >= least, word2 >= least, word3 >= least
 
 
 @triton.jit
-def _kept(word, threshold, scale):
-    """``scale`` where the word, unsigned, reaches the threshold, which comes as the bits of an int32; else 0."""
-    return tl.where(word >= threshold.to(tl.uint32, bitcast=True), scale, 0.0)
+def keep_of(seed, index, threshold, scale, QUADS: tl.constexpr):
+    """keep/(1 - p) of the elements ``index`` (int64, counted over the logical rows): a block of words for each.
+
+    QUADS says that these indices are multiples of 4.
+    """
+    low, high = (index >> 2).to(tl.uint32), (index >> 34).to(tl.uint32)
+    kept0, kept1, kept2, kept3 = _keep_words(seed, low, high, threshold)
+    if not QUADS:
+        odd = (index & 1) != 0
+        kept0 = tl.where((index & 2) != 0, tl.where(odd, kept3, kept2), tl.where(odd, kept1, kept0))
+    return tl.where(kept0, scale, 0.0)
 
 
 @triton.jit
-def keep_of(seed_ptr, index, threshold, scale):
-    """keep/(1 - p) of the elements ``index`` (int64, counted over the logical rows): a block of words for each."""
-    word0, word1, word2, word3 = _philox_words(
-        tl.load(seed_ptr), (index >> 2).to(tl.uint32), (index >> 34).to(tl.uint32)
-    )
-    which = index & 3
-    word = tl.where(which < 2, tl.where(which == 0, word0, word1), tl.where(which == 2, word2, word3))
-    return _kept(word, threshold, scale)
-
-
-@triton.jit
-def keep_of_rows(seed_ptr, first, threshold, scale, BLOCK_N: tl.constexpr, QUADS: tl.constexpr):
+def keep_of_rows(seed, first, threshold, scale, BLOCK_N: tl.constexpr, QUADS: tl.constexpr):
     """keep/(1 - p) of the BLOCK_N elements from each of the indices ``first``, (ROWS,): (ROWS, BLOCK_N).
 
-    With QUADS these indices are multiples of 4, and four neighbouring columns are the four words of one block.
+    Four neighbouring columns are the four words of a block where ``first`` is a multiple of 4, which QUADS says. Else
+    they are the end of one and the beginning of the next.
     """
-    if QUADS:
-        # 64 bits of counter without a 64-bit tensor, whose registers spill on sm_100: a carry where the low half wraps.
-        start = (first >> 2).to(tl.uint32)[:, None]
-        low = tl.add(start, tl.arange(0, BLOCK_N // 4).to(tl.uint32)[None, :], sanitize_overflow=False)
-        high = (first >> 34).to(tl.uint32)[:, None] + (low < start).to(tl.uint32)
-        word0, word1, word2, word3 = _philox_words(tl.load(seed_ptr), low, high)
-        words = tl.interleave(tl.interleave(word0, word2), tl.interleave(word1, word3))
-        return _kept(words, threshold, scale)
+    if BLOCK_N < 4:
+        return keep_of(seed, first[:, None] + tl.arange(0, BLOCK_N)[None, :], threshold, scale, False)
     else:
-        return keep_of(seed_ptr, first[:, None] + tl.arange(0, BLOCK_N)[None, :], threshold, scale)
+        # 64 bits of counter without a 64-bit tensor, whose registers spill on sm_100: a carry where the low half wraps.
+        start, start_high = (first >> 2).to(tl.uint32)[:, None], (first >> 34).to(tl.uint32)[:, None]
+        low = tl.add(start, tl.arange(0, BLOCK_N // 4).to(tl.uint32)[None, :], sanitize_overflow=False)
+        high = start_high + (low < start).to(tl.uint32)
+        kept0, kept1, kept2, kept3 = _keep_words(seed, low, high, threshold)
+        if not QUADS:
+            low = tl.add(low, 1, sanitize_overflow=False)
+            kept4, kept5, kept6, _ = _keep_words(seed, low, high + (low == 0).to(tl.uint32), threshold)
+            two = ((first & 2) != 0)[:, None]
+            kept0, kept1, kept2 = tl.where(two, kept2, kept0), tl.where(two, kept3, kept1), tl.where(two, kept4, kept2)
+            kept3, kept4 = tl.where(two, kept5, kept3), tl.where(two, kept6, kept4)
+            one = ((first & 1) != 0)[:, None]
+            kept0, kept1 = tl.where(one, kept1, kept0), tl.where(one, kept2, kept1)
+            kept2, kept3 = tl.where(one, kept3, kept2), tl.where(one, kept4, kept3)
+        # Bits, not words: where a thread has fewer columns than 4 side by side, they go to other threads.
+        kept = tl.interleave(tl.interleave(kept0, kept2), tl.interleave(kept1, kept3))
+        return tl.where(kept, scale, 0.0)
 
 
 def dropout_integers(p: float, fp64: bool) -> tuple[int, int]:

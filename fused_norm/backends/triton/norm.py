@@ -60,14 +60,23 @@ def _reciprocal_sqrt(variance, eps_bits, FP64: tl.constexpr):
 
 @triton.jit
 def _first_elements(
-    x_ptrs, residual_ptrs, seed_ptr, index, threshold, scale, ok, DTYPE: tl.constexpr, ACC: tl.constexpr
+    x_ptrs,
+    residual_ptrs,
+    seed_ptr,
+    index,
+    threshold,
+    scale,
+    ok,
+    QUADS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ACC: tl.constexpr,
 ):
     """The first element of each row that is normalised: x's, or its sum with the residual's, whose index is given."""
     x0 = tl.load(x_ptrs, mask=ok, other=0.0).to(ACC)
     if residual_ptrs is not None:
         residual = tl.load(residual_ptrs, mask=ok, other=0.0).to(ACC)
         if seed_ptr is not None:
-            x0 = tl.fma(x0, keep_of(seed_ptr, index, threshold, scale), residual)
+            x0 = tl.fma(x0, keep_of(tl.load(seed_ptr), index, threshold, scale, QUADS), residual)
         else:
             x0 += residual
         x0 = x0.to(DTYPE).to(ACC)
@@ -153,13 +162,19 @@ def norm_forward_kernel(
     col_ok = cols < n
     ok = row_ok[:, None] & col_ok
 
+    if not IS_RMS:
+        residual_row_ptr = None if residual_ptr is None else residual_ptr + row * residual_stride
+        x_row_ptr = x_ptr + row * x_stride
+        x0 = _first_elements(
+            x_row_ptr, residual_row_ptr, seed_ptr, row * n, threshold, scale, row_ok, ALIGN_N % 4 == 0, DTYPE, ACC
+        )
     x = tl.load(x_ptr + row[:, None] * x_stride + cols, mask=ok, other=0.0, eviction_policy="evict_first").to(ACC)
     if residual_ptr is not None:
         residual_ptrs = residual_ptr + row[:, None] * residual_stride + cols
         residual = tl.load(residual_ptrs, mask=ok, other=0.0, eviction_policy="evict_first").to(ACC)
         if seed_ptr is not None:
             # Fused by name here and for x0, where the compiler might fuse one of them only.
-            keep = keep_of_rows(seed_ptr, row * n, threshold, scale, BLOCK_N, ALIGN_N % 4 == 0)
+            keep = keep_of_rows(tl.load(seed_ptr), row * n, threshold, scale, BLOCK_N, ALIGN_N % 4 == 0)
             x = tl.fma(x, keep, residual)
         else:
             x += residual
@@ -170,10 +185,6 @@ def norm_forward_kernel(
         centred = x
         variance = mean_of(tl.sum(x * x, axis=1), n, one_nth)
     else:
-        residual_row_ptr = None if residual_ptr is None else residual_ptr + row * residual_stride
-        x0 = _first_elements(
-            x_ptr + row * x_stride, residual_row_ptr, seed_ptr, row * n, threshold, scale, row_ok, DTYPE, ACC
-        )
         mean = x0 + mean_of(tl.sum(tl.where(ok, x - x0[:, None], 0.0), axis=1), n, one_nth)
         centred = tl.where(ok, x - mean[:, None], 0.0)
         off = mean_of(tl.sum(centred, axis=1), n, one_nth)
@@ -249,8 +260,9 @@ def norm_forward_looped_kernel(
     if not IS_RMS:
         residual_row_ptr = None if residual_ptr is None else residual_ptr + row * residual_stride
         every = row < total_rows
+        first_ptr = x_ptr + row * x_stride
         pivot = _first_elements(
-            x_ptr + row * x_stride, residual_row_ptr, seed_ptr, row * n, threshold, scale, every, DTYPE, ACC
+            first_ptr, residual_row_ptr, seed_ptr, row * n, threshold, scale, every, ALIGN_N % 4 == 0, DTYPE, ACC
         )
     offset = tl.zeros([ROWS], ACC)  # mean - pivot of the columns so far
     squares = tl.zeros([ROWS], ACC)  # sum of (x - mean)^2 over them
@@ -263,7 +275,7 @@ def norm_forward_looped_kernel(
             residual_ptrs = residual_ptr + row[:, None] * residual_stride + (start + cols)
             residual = tl.load(residual_ptrs, mask=ok, other=0.0, eviction_policy="evict_first").to(ACC)
             if seed_ptr is not None:
-                keep = keep_of_rows(seed_ptr, row * n + start, threshold, scale, BLOCK_N, ALIGN_N % 4 == 0)
+                keep = keep_of_rows(tl.load(seed_ptr), row * n + start, threshold, scale, BLOCK_N, ALIGN_N % 4 == 0)
                 x = tl.fma(x, keep, residual)
             else:
                 x += residual
@@ -518,7 +530,7 @@ def norm_backward_kernel(
                 tl.store(dx_ptr + row[:, None] * n + cols, dx, mask=ok)
             if dinput_ptr is not None:
                 if seed_ptr is not None:
-                    dx = dx * keep_of_rows(seed_ptr, row * n, threshold, scale, BLOCK_N, ALIGN_N % 4 == 0)
+                    dx = dx * keep_of_rows(tl.load(seed_ptr), row * n, threshold, scale, BLOCK_N, ALIGN_N % 4 == 0)
                 tl.store(dinput_ptr + row[:, None] * dinput_stride + cols, dx, mask=ok)
 
     flat_cols = tl.arange(0, BLOCK_N)
@@ -634,7 +646,9 @@ def norm_backward_looped_kernel(
                 if dinput_ptr is not None:
                     if seed_ptr is not None:
                         first_index = row * n + start
-                        dx = dx * keep_of_rows(seed_ptr, first_index, threshold, scale, BLOCK_N, ALIGN_N % 4 == 0)
+                        dx = dx * keep_of_rows(
+                            tl.load(seed_ptr), first_index, threshold, scale, BLOCK_N, ALIGN_N % 4 == 0
+                        )
                     tl.store(dinput_ptr + row[:, None] * dinput_stride + cols, dx, mask=ok)
             flat_cols = start + tile_cols
             partial = tl.program_id(0).to(tl.int64) * n + flat_cols
