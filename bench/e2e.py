@@ -17,8 +17,9 @@ same batches: one step of each, in an order that rotates from step to step, so t
 
 The ratio is the stock model's time by the variant's, of the same step: the median over steps and its quartiles; above 1
 the variant is faster. Masks of fused dropout differ from torch's of the same seed, so that losses agree statistically;
-before timing, logits without dropout are compared. The breakdown is torch.profiler's own time of operators, gathered by
-what an operator serves: those of backward count as the operator of forward whose gradient they compute.
+before timing, logits without dropout are compared. The breakdown is torch.profiler's own time of operators, of each the
+least of some steps, gathered by what an operator serves: those of backward count as the operator of forward whose
+gradient they compute. The shares tell the kinds of operators apart; the speed of a step is told by the ratios.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import statistics
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -312,8 +314,11 @@ def kinds_of_events(events: list[Any]) -> dict[int, str]:
     return found
 
 
-def profiled_step(variant: Variant, one: tuple[Tensor, Tensor], device: torch.device) -> dict[str, float]:
-    """Milliseconds of one step by kind of operator: device time on a GPU, else the CPU's.
+Operator = tuple[str, str, int]  # kind, name, and how many of the kind and name came before in the step
+
+
+def profiled_step(variant: Variant, one: tuple[Tensor, Tensor], device: torch.device) -> dict[Operator, float]:
+    """Milliseconds of each operator of one step: device time on a GPU, else the CPU's.
 
     What a step takes and no operator is "outside operators": Python, and the profiler's own work.
     """
@@ -327,22 +332,29 @@ def profiled_step(variant: Variant, one: tuple[Tensor, Tensor], device: torch.de
         wall = time.perf_counter() - began
     # An operator knows the time of the kernels that it launched; events of the device would count them once more.
     events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CPU]
-    kinds, totals = kinds_of_events(events), dict.fromkeys([*KINDS, OTHER], 0.0)
-    for event in events:
-        totals[kinds[event.id]] += (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e3
-    return totals | {OUTSIDE: wall * 1e3 - sum(totals.values())}
+    kinds, seen = kinds_of_events(events), Counter()
+    found: dict[Operator, float] = {}
+    for event in sorted(events, key=lambda e: e.time_range.start):
+        kind_and_name = kinds[event.id], event.name
+        us = event.self_device_time_total if cuda else event.self_cpu_time_total
+        found[(*kind_and_name, seen[kind_and_name])] = us / 1e3
+        seen[kind_and_name] += 1
+    return found | {(OUTSIDE, "", 0): wall * 1e3 - sum(found.values())}
 
 
 def breakdown(variants: list[Variant], batches: list[tuple[Tensor, Tensor]], device: torch.device) -> dict[str, Any]:
-    """Of each variant, the median over the batches of every kind of operator."""
-    steps: dict[str, list[dict[str, float]]] = {variant.name: [] for variant in variants}
+    """Milliseconds of each kind of operator in a step of each variant: of every single operator the least of the
+    steps, as a busy machine interrupts now one and now another."""
+    least: dict[str, dict[Operator, float]] = {variant.name: {} for variant in variants}
     for one, order in zip(batches, orders(variants), strict=False):
         for variant in order:
-            steps[variant.name].append(profiled_step(variant, one, device))
-    return {
-        name: {kind: statistics.median(step[kind] for step in found) for kind in found[0]}
-        for name, found in steps.items()
-    }
+            for operator, ms in profiled_step(variant, one, device).items():
+                least[variant.name][operator] = min(ms, least[variant.name].get(operator, ms))
+    result = {name: dict.fromkeys([*KINDS, OTHER, OUTSIDE], 0.0) for name in least}
+    for name, operators in least.items():
+        for (kind, *_), ms in operators.items():
+            result[name][kind] += ms
+    return result
 
 
 # ---------------------------------------------------------------- measuring and writing it down
@@ -400,7 +412,7 @@ def table(results: dict[str, Any]) -> str:
                 lines.append(f"  {variant:<10}{cells}   {', '.join(n for n in notes if n)}".rstrip())
         parts = result["breakdown"]
         if parts:
-            lines.append(f"  {'profiled, median ms':<20}" + "".join(f"{v:>18}" for v in parts))
+            lines.append(f"  {'profiled, least ms':<20}" + "".join(f"{v:>18}" for v in parts))
             for kind in [*KINDS, OTHER, OUTSIDE]:
                 if any(p[kind] >= 0.005 for p in parts.values()):
                     cells = [f"{p[kind]:9.2f} ({p[kind] / sum(p.values()):6.1%})" for p in parts.values()]
@@ -519,7 +531,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--threads", type=positive, help="CPU threads (as many as torch takes)")
     add("--steps", type=positive, default=40, help="timed steps of each variant (40)")
     add("--warmup", type=not_negative, default=2, help="steps before, torch.compile's compilation among them (2)")
-    add("--profile-steps", type=not_negative, default=7, help="steps under the profiler; 0 for no breakdown (7)")
+    add("--profile-steps", type=not_negative, default=10, help="steps under the profiler; 0 for no breakdown (10)")
     add("--seed", type=int, default=0, help="of the parameters (0)")
     add("--output", type=Path, metavar="STEM", help="write STEM.json and STEM.txt, anew after each step")
     args = parser.parse_args(argv)

@@ -282,6 +282,15 @@ def test_the_parts_are_the_whole(e2e):
     assert all(ms >= 0 for ms in parts.values()) and 0 < sum(parts.values()) < whole
 
 
+def test_the_breakdown_takes_the_least_of_each_operator(e2e, monkeypatch):
+    a, b, outside = ("matmul", "aten::mm", 0), ("matmul", "aten::mm", 1), (e2e.OUTSIDE, "", 0)
+    steps = [{a: 1.0, b: 5.0, outside: 9.0}, {a: 4.0, b: 2.0, outside: 8.0}, {a: 3.0, b: 3.0, outside: 7.0}]
+    monkeypatch.setattr(e2e, "profiled_step", lambda variant, one, device: steps[one])
+    variant = e2e.Variant("stock", nn.Identity(), nn.Identity(), F.cross_entropy, None)
+    parts = e2e.breakdown([variant], [0, 1, 2], torch.device("cpu"))["stock"]
+    assert parts["matmul"] == 3.0 and parts[e2e.OUTSIDE] == 7.0 and sum(parts.values()) == 10.0
+
+
 @pytest.mark.parametrize("arguments", [["--dropout", "1"], ["--steps", "0"], ["--warmup", "-1"], ["--variants", "no"]])
 def test_unusable_arguments_are_refused(e2e, arguments, capsys):
     with pytest.raises(SystemExit):
