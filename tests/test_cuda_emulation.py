@@ -112,6 +112,23 @@ def test_every_subset_of_parameters(emulator: Emulator, affine: tuple[bool, bool
     run_and_check(emulator, *calls)
 
 
+@pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
+@pytest.mark.parametrize("types", ALL_TYPES, ids=name)
+def test_cast_before_the_parameters(emulator: Emulator, types: Types, rms: bool) -> None:
+    """The kernel's own rounded xhat, times weight plus bias: y to the last bit, but for what a second rounding ties."""
+    for n, affine in ((64, (True, True)), (771, (True, False)), (8200, (False, True)), (100, (True, True))):
+        call = draw(2, n, types, affine, rms=rms)
+        rounded, plain, cast = emulator.run(replace(call, weight=None, bias=None), call, replace(call, cast=True))
+        w, b = (None if p is None else p.double() for p in (call.weight, call.bias))
+        expected = rounded.y.double() * (1 if w is None else w) + (0 if b is None else b)
+        different = (cast.y != expected.to(torch.float32).to(types[0])).double().mean()
+        assert_same_bits(cast.stats, plain.stats)
+        if types[0].itemsize == 2:
+            assert different < 0.01 and (cast.y != plain.y).double().mean() > 0.05
+        else:
+            assert_same_bits(cast.y, plain.y)
+
+
 @pytest.mark.parametrize("n", [16, 100, 768])
 def test_groups_have_their_own_parameters(emulator: Emulator, n: int) -> None:
     grouped = draw(12, n, groups=3)

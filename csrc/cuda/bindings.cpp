@@ -88,8 +88,6 @@ std::tuple<Tensor, Tensor> norm_forward(const Tensor& x, const std::optional<Ten
                                         int64_t groups, double eps, bool rms, bool need_stats, bool cast) {
   STD_TORCH_CHECK(x.is_cuda(), "norm_forward: the CUDA kernel was given an x that is not a CUDA tensor");
   const fused_norm::DType dtype = dtype_of(x, "norm_forward", "x");
-  STD_TORCH_CHECK(!cast || !is_low_precision(dtype) || (!weight && !bias), "norm_forward: cast is true, and the CUDA kernel cannot round between "
-                  "the norm and its weight in ", torch::headeronly::toString(x.scalar_type()));
   const int64_t numel = x.numel();
   STD_TORCH_CHECK(n >= 1 && n <= kLongestRow, "norm_forward: n is ", n, ", expected 1 to ", kLongestRow);
   STD_TORCH_CHECK(numel >= 1 && numel % n == 0, "norm_forward: x has ", numel, " elements, which are not rows of ", n);
@@ -137,6 +135,7 @@ std::tuple<Tensor, Tensor> norm_forward(const Tensor& x, const std::optional<Ten
   args.param_dtype = param_dtype;
   args.eps = eps;
   args.rms = rms;
+  args.cast = cast;
   const char* const error = fused_norm::launch_norm_forward(args, x.get_device_index(), current_stream(x.get_device_index(), "norm_forward"));
   STD_TORCH_CHECK(error == nullptr, "norm_forward: ", error, " (x ", text(x.sizes()), ", n = ", n, ", cuda:", x.get_device_index(), ")");
   return {y, stats};

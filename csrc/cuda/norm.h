@@ -24,6 +24,7 @@ struct NormForward {
   DType param_dtype;    // of weight and bias: dtype, or kFloat32 for kBFloat16 and kFloat16
   double eps;
   bool rms;
+  bool cast;  // normalise(x) is rounded to dtype before weight and bias
 };
 
 // Enqueues the kernel on `stream` (a cudaStream_t of device `device`) and returns without waiting for it: nullptr, or what went wrong.

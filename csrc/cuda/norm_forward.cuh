@@ -1,7 +1,7 @@
 // LayerNorm and RMSNorm, forward: the kernel, and the choice of its instantiation. Launched by norm_forward.cu.
 //
 //     mean = x0 + sum(x - x0)/n     (left out for RMSNorm)         rstd = 1/sqrt(sum((x - mean)^2)/n + eps)
-//     y    = (x - mean)*rstd*w + b, rounded once
+//     y    = (x - mean)*rstd*w + b, rounded once; with `cast` (x - mean)*rstd is rounded to x's type first
 //
 // The first sum rounds in proportion to |x0 - mean|: where the row's first element is an outlier, that alone would put y many times
 // further from the truth than it need be. So the second pass also sums off = sum(x - mean)/n, which is 0 but for rounding: the mean is
@@ -37,6 +37,7 @@ struct NormShape {
   A eps;
   int chunks;  // of a row: ceil(n / elements per chunk)
   int cached;  // chunks of a row that shared memory keeps
+  bool cast;
 };
 
 // One thread's share of a row: chunks threadIdx.x, threadIdx.x + blockDim.x, ..., kept for the later passes in one of two places.
@@ -182,6 +183,10 @@ __global__ void __launch_bounds__(IN_REGISTERS ? kResidentMaxThreads : kMaxThrea
       const A xj = to_acc(chunk_get<T>(chunk, j));
       v[j] = (IS_RMS ? xj : xj - mean) * rstd;
     }
+    if (sizeof(T) < sizeof(A) && shape.cast) {  // one way for the whole grid
+#pragma unroll
+      for (int j = 0; j < K; ++j) v[j] = to_acc(from_acc<T>(v[j]));
+    }
     A w[K], b[K];
     if (weight != nullptr) load_params<VECTOR>(weight + param_row, c, shape.n, w);
     if (bias != nullptr) load_params<VECTOR>(bias + param_row, c, shape.n, b);
@@ -222,7 +227,7 @@ auto choose_done(const NormForward& a, const NormForwardConfig& config, size_t s
     cached = static_cast<size_t>(chunks) < room ? chunks : static_cast<int>(room);
     how.shared_bytes += sizeof(Chunk) * config.rows_per_block * cached;
   }
-  const NormShape<A> shape{a.rows, a.n, a.x_row_stride, a.rows / a.groups, a.params_grouped ? a.n : 0, static_cast<A>(a.eps), chunks, cached};
+  const NormShape<A> shape{a.rows, a.n, a.x_row_stride, a.rows / a.groups, a.params_grouped ? a.n : 0, static_cast<A>(a.eps), chunks, cached, a.cast};
   return launch(how, norm_forward_kernel<T, W, IS_RMS, VECTOR, IN_REGISTERS>, static_cast<const T*>(a.x), static_cast<const W*>(a.weight),
                 static_cast<const W*>(a.bias), static_cast<T*>(a.y), static_cast<A*>(a.stats), shape);
 }

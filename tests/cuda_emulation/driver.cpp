@@ -16,7 +16,7 @@
 namespace {
 
 struct Header {
-  int64_t dtype, param_dtype, rms, need_stats, has_weight, has_bias, params_grouped;
+  int64_t dtype, param_dtype, rms, cast, need_stats, has_weight, has_bias, params_grouped;
   int64_t groups, rows, n, x_row_stride, shared_limit;
   int64_t x_offset, y_offset, weight_offset, bias_offset;  // bytes past a 256-byte boundary
   double eps;
@@ -61,6 +61,7 @@ void serve(const Header& h) {
     args.param_dtype = static_cast<fused_norm::DType>(h.param_dtype);
     args.eps = h.eps;
     args.rms = h.rms;
+    args.cast = h.cast;
     const Chosen chosen = found->second(args, static_cast<size_t>(h.shared_limit), ascending);
     std::vector<char> result(static_cast<char*>(y.data()), static_cast<char*>(y.data()) + y.bytes());
     result.insert(result.end(), static_cast<char*>(stats.data()), static_cast<char*>(stats.data()) + stats.bytes());

@@ -69,6 +69,7 @@ class Call:
     groups: int = 1
     eps: float = 1e-5
     rms: bool = False
+    cast: bool = False
     need_stats: bool = True
     x_row_stride: int | None = None
     offsets: tuple[int, int, int, int] = (0, 0, 0, 0)
@@ -80,8 +81,8 @@ class Call:
         param_dtype = params[0].dtype if params else self.x.dtype
         sizes = (self.x.element_size(),) * 2 + (param_dtype.itemsize,) * 2
         header = struct.pack(
-            "16qd",
-            *(CODES[self.x.dtype], CODES[param_dtype], self.rms, self.need_stats),
+            "17qd",
+            *(CODES[self.x.dtype], CODES[param_dtype], self.rms, self.cast, self.need_stats),
             *(self.weight is not None, self.bias is not None, any(p.numel() != n for p in params)),
             *(self.groups, rows, n, n if self.x_row_stride is None else self.x_row_stride, self.shared_limit),
             *(offset * size for offset, size in zip(self.offsets, sizes, strict=True)),
