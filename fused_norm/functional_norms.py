@@ -148,7 +148,7 @@ def _norm(
             return checked_norm(rms, x, shape, weight, bias, eps, cast, by_formulas=True)
         plan = dispatch.compile_plan("norm", x.device.type)
         if rms:
-            return _rms_norm_op(x, shape, weight, eps, cast, plan)
+            return _rms_norm_op(x, shape, weight, eps, plan, cast)
         return _layer_norm_op(x, shape, weight, bias, eps, plan)
     # torch.export: the program must run, and be lowered, where this package is not.
     # torch.jit.trace: its graph can hold torch's operators alone.
@@ -247,8 +247,9 @@ _layer_norm_op = ops.composite(
     lambda x, shape, weight, bias, eps, plan: _compiled_norm(False, x, shape, weight, bias, eps, False, plan),
 )
 _rms_norm_op = ops.composite(
-    "rms_norm(Tensor input, SymInt[] normalized_shape, Tensor? weight, float? eps, bool cast, str plan) -> Tensor",
-    lambda x, shape, weight, eps, cast, plan: _compiled_norm(True, x, shape, weight, None, eps, cast, plan),
+    "rms_norm(Tensor input, SymInt[] normalized_shape, Tensor? weight, float? eps, str plan, bool cast=False)"
+    " -> Tensor",
+    lambda x, shape, weight, eps, plan, cast=False: _compiled_norm(True, x, shape, weight, None, eps, cast, plan),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import threading
 
 import pytest
@@ -376,6 +377,27 @@ def test_opcheck_of_the_compiled_operators(op: str, dtype: torch.dtype, place) -
         args = (x.transpose(0, 1), [24], w, None, 1e-5, plan) if op == "layer_norm" else (x, [24], w, None, plan)
         tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
         torch.library.opcheck(getattr(torch.ops.fused_norm, op).default, args, test_utils=tests)
+        bias = None if op == "rms_norm" else w
+        for dropout_p, seed in ((0.0, None), (0.3, torch.tensor(7, device=place.device))):
+            if place.backend == "torch" and seed is not None:
+                continue  # torch's own dropout draws
+            args = (x, x, [24], w, bias, 1e-5, op == "rms_norm", False, dropout_p, seed, plan)
+            torch.library.opcheck(torch.ops.fused_norm.add_norm.default, args, test_utils=tests)
+
+
+def _add_norm_calls(namespace, prefix: str, draw, dtype, param_dtype, accumulation, device: str):
+    forward, backward = (getattr(namespace, f"{prefix}add_norm_{name}").default for name in ("forward", "backward"))
+    weight, seed = draw(24, like=param_dtype), torch.tensor(5, device=device)
+    wide = torch.float32 if dtype in LOW_PRECISION else dtype  # of a residual beside bf16 and fp16 input
+    for residual_dtype in {dtype, wide}:
+        if param_dtype not in (residual_dtype, torch.float32):
+            continue
+        x, r, dy = draw(6, 24), draw(6, 24, like=residual_dtype), draw(6, 24, like=residual_dtype)
+        for rms, (p, s) in itertools.product((False, True), ((0.0, None), (0.3, seed))):
+            stats = torch.rand(1 if rms else 2, 6, device=device, dtype=accumulation) + 0.5
+            yield forward, (x, r, weight, None, s, 24, 1e-5, rms, p, True, False)
+            for needs in ((True, True, True, not rms), (True, False, False, False), (False, True, True, False)):
+                yield backward, (dy, dy, r, stats, weight, s, 24, rms, p, param_dtype, dtype, *needs)
 
 
 def _kernel_calls(prefix: str, dtype: torch.dtype, param_dtype: torch.dtype, device: str):
@@ -389,6 +411,7 @@ def _kernel_calls(prefix: str, dtype: torch.dtype, param_dtype: torch.dtype, dev
         getattr(namespace, f"{prefix}norm_{name}").default for name in ("forward", "backward", "double_backward")
     )
     accumulation = torch.float64 if dtype == torch.float64 else torch.float32
+    yield from _add_norm_calls(namespace, prefix, draw, dtype, param_dtype, accumulation, device)
     for x in (draw(6, 24), draw(6, 40)[:, :24], draw(2, 3, 24)):
         for rms in (False, True):
             stats = torch.rand(1 if rms else 2, 6, device=device, dtype=accumulation) + 0.5
