@@ -1,12 +1,12 @@
 """Which classes :func:`fused_norm.patch` knows, and the classes that take their place.
 
-An adapter subclasses the class it replaces, has its names, and overrides ``forward`` alone. A norm of transformers is
-known by what its code does and not by its name: ``_NORMS`` has a digest of the forward of each kind, whatever it is
-called in whichever model (Llama's has some 140 copies). A forward that another version of transformers changes, or that
-somebody has patched, has another digest, and is left and reported. A residual block is made from its own forward by
+An adapter subclasses the class it replaces, has its names, and overrides ``forward`` alone. A norm of transformers or
+timm is known by what its code does and not by its name: ``_NORMS`` has a digest of the forward of each kind, whatever
+it is called in whichever model (Llama's has some 140 copies). A forward that another version changes, or that somebody
+has patched, has another digest, and is left and reported. A residual block is made from its own forward by
 :mod:`.rewriting`, which needs to know none.
 
-transformers is never imported here: a model that holds its classes has imported it.
+Neither package is ever imported here: a model that holds its classes has imported it.
 """
 
 from __future__ import annotations
@@ -113,9 +113,9 @@ def block_norms(cls: type) -> tuple[str, ...]:
     return _REGISTRY.blocks.get(cls, ())
 
 
-def is_transformers(cls: type) -> bool:
-    """Whether transformers itself defines ``cls``: not code that came with a checkpoint, nor a user's subclass."""
-    return cls.__module__.startswith("transformers.models.")
+def is_library(cls: type) -> bool:
+    """Whether transformers or timm defines ``cls``: not code that came with a checkpoint, nor a user's subclass."""
+    return cls.__module__.startswith(("transformers.models.", "timm.layers.", "timm.models."))
 
 
 _TORCH = {cls: cls.forward for cls in (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)}
@@ -129,7 +129,7 @@ def find(cls: type[nn.Module]) -> Known | None:
 
 def _build(cls: type[nn.Module]) -> type[nn.Module] | None:
     # An adapter has its stock class's module, too. A forward of torch's that somebody replaced is not torch's.
-    ours = _TORCH.get(cls) is cls.forward if cls in _TORCH else is_transformers(cls) and cls not in _REGISTRY.stocks
+    ours = _TORCH.get(cls) is cls.forward if cls in _TORCH else is_library(cls) and cls not in _REGISTRY.stocks
     if not ours:
         return None
     stock = cls.forward
@@ -442,6 +442,17 @@ def _convnext(self, features):
     return _own_layer_norm(self, features)
 
 
+def _plan_timm(module: nn.LayerNorm, n: int, dtype: torch.dtype) -> Call | None:
+    """timm's LayerNorm has another way, which a user turns on."""
+    return None if module._fast_norm else _plan_layer_norm(module, n, dtype)
+
+
+def _timm_2d(self, x):
+    if self._fast_norm:
+        return stock_class(type(self)).forward(self, x)
+    return _own_layer_norm(self, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 def _eomt(self, hidden_state):
     return _own_layer_norm(self, hidden_state.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
@@ -468,4 +479,6 @@ _NORMS: dict[tuple[str | None, ...], Known] = {
     ("5e543c9f62fbfe5e",): Known(_plan_esmc, base=nn.LayerNorm),
     ("2e18422c8be3d845",): Known(forward=_convnext, base=nn.LayerNorm),
     ("fa9c95235b5ea5a2",): Known(forward=_eomt, base=nn.LayerNorm),
+    ("b8c9ddac9d68da9e",): Known(_plan_timm, base=nn.LayerNorm),
+    ("4eb24eac978b0418",): Known(forward=_timm_2d, base=nn.LayerNorm),
 }

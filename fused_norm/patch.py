@@ -95,7 +95,7 @@ def _block_reason_left(module: nn.Module) -> str | None:
         return None
     if (base := adapters.known_base(cls, blocks=True)) is not None:
         return f"{cls.__qualname__} is a subclass of {base.__name__}, which may compute something else"
-    if not fused_norms or not adapters.is_transformers(cls) or not cls.__name__.endswith(_BLOCKS):
+    if not fused_norms or not adapters.is_library(cls) or not cls.__name__.endswith(_BLOCKS):
         return None
     if "forward" in module.__dict__:
         return f"{cls.__qualname__}: {_OWN_FORWARD}"
@@ -105,9 +105,9 @@ def _block_reason_left(module: nn.Module) -> str | None:
 def patch(model: nn.Module, *, residual: bool = True) -> PatchReport:
     """Swap the norms in ``model`` for fused ones, in place, and join residual additions to them.
 
-    Norms: every exact :class:`torch.nn.LayerNorm` and :class:`torch.nn.RMSNorm`, and the norms of transformers whose
-    code this package knows: RMSNorm of Llama and some 140 copies of it, of T5, Gemma, OLMo 2; LayerNorm of OLMo,
-    Cohere, Nemotron, DeBERTa and others. Blocks: any module of transformers, and torch's transformer layers, whose
+    Norms: every exact :class:`torch.nn.LayerNorm` and :class:`torch.nn.RMSNorm`, and the norms of transformers and timm
+    whose code this package knows: RMSNorm of Llama and some 140 copies of it, of T5, Gemma, OLMo 2; LayerNorm of OLMo,
+    Cohere, Nemotron, DeBERTa, timm and others. Blocks: any module of those, and torch's transformer layers, whose
     forward adds two tensors and hands the sum straight to one of these norms, as the output blocks of BERT and the
     layers of Llama, GPT-2, BART and ViT do; a dropout just before the addition joins them. The new forward is made from
     the source of the old one. An addition whose norm is in another module stays: a decoder layer's last, which the next
@@ -153,7 +153,7 @@ def patch(model: nn.Module, *, residual: bool = True) -> PatchReport:
             report.residual.append(name)
         elif named := [attribute for attribute in norms if "norm" in attribute.lower() or attribute.startswith("ln")]:
             found = ", ".join(f"{attribute} is {type(norms[attribute]).__name__}" for attribute in named)
-            report.residual_left[name] = f"{type(module).__qualname__}: its norm is not fused ({found})"
+            report.residual_left[name] = f"{type(module).__qualname__}: no fused norm takes its sum ({found})"
     for name, module in model.named_modules():
         if (reason := _block_reason_left(module)) is not None:
             report.residual_left.setdefault(name or "(the model itself)", reason)

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import assert_same_bits
 from torch import nn
 
@@ -374,6 +375,76 @@ def test_a_subclass_of_a_torch_layer_is_left() -> None:
     assert len(report.swapped) == 2 and report.residual == []
     assert "Loud is a subclass of TransformerEncoderLayer" in report.residual_left["0"]
     assert "Loud" in str(report)
+
+
+# timm's norms: their forwards as timm 1.0 has them
+
+
+def fast_layer_norm(*args):
+    raise AssertionError("timm has a function here that a user turns on")
+
+
+class _TimmLayerNorm(nn.LayerNorm):
+    _fast_norm = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self._fast_norm:
+            x = fast_layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        else:
+            x = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        return x
+
+
+class _TimmLayerNorm2d(nn.LayerNorm):
+    _fast_norm = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.permute(0, 2, 3, 1)
+        if self._fast_norm:
+            x = fast_layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        else:
+            x = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        x = x.permute(0, 3, 1, 2)
+        return x
+
+
+@pytest.mark.parametrize("stock", [_TimmLayerNorm, _TimmLayerNorm2d])
+def test_norms_of_timm(stock: type, monkeypatch, reference_calls) -> None:
+    x = torch.randn((2, 16, 3, 5) if stock is _TimmLayerNorm2d else (2, 5, 16), requires_grad=True)
+    norm = stock(16)
+    with torch.no_grad():
+        for p in norm.parameters():
+            p.normal_()
+    assert fused_norm.patch(norm).swapped == [], "not timm's own"
+    expected = norm(x)
+    dy = torch.randn_like(expected)
+    gradients = torch.autograd.grad(expected, [x, *norm.parameters()], dy)
+    monkeypatch.setattr(stock, "__module__", "timm.layers.norm")
+    norm.__class__ = timms = type(stock.__name__, (nn.LayerNorm,), dict(vars(stock)))  # not seen by patch before
+    assert fused_norm.patch(norm).swapped == ["(the model itself)"]
+    torch.testing.assert_close(norm(x), expected, rtol=1e-4, atol=1e-5)
+    for a, b in zip(torch.autograd.grad(norm(x), [x, *norm.parameters()], dy), gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    with fused_norm.use_backend("reference"):
+        norm(x)
+    assert len(reference_calls.forward) == 1
+    norm._fast_norm = True
+    with pytest.raises(AssertionError, match="turns on"):
+        norm(x)
+    assert fused_norm.unpatch(norm) and type(norm) is timms
+
+
+def test_timm_models() -> None:
+    timm = pytest.importorskip("timm", reason="timm, or its torchvision, is not installed", exc_type=ImportError)
+    for name, norms, blocks in (("vit_tiny_patch16_224", 25, 12), ("convnext_atto", 17, 0)):
+        torch.manual_seed(0)
+        stock = timm.create_model(name, pretrained=False).eval()
+        patched = copy.deepcopy(stock)
+        report = fused_norm.patch(patched)
+        assert (len(report.swapped), len(report.residual), report.left) == (norms, blocks, {})
+        x = torch.randn(1, 3, 224, 224)
+        with torch.no_grad():
+            torch.testing.assert_close(patched(x), stock(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture(scope="module")

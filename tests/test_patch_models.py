@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import logging
 import pickle
@@ -818,16 +819,19 @@ def test_code_from_elsewhere_is_left() -> None:
         assert report.residual == [] and "post_attention_layernorm is LlamaRMSNorm" in str(report)
 
 
-def test_a_patched_class_is_left(monkeypatch) -> None:
-    """Liger and others replace forward for all of a kind, also after a first patch."""
+@pytest.mark.parametrize("wraps", [False, True])
+def test_a_patched_class_is_left(wraps: bool, monkeypatch) -> None:
+    """Liger and others replace forward for all of a kind, also after a first patch; some say what they wrap."""
     stock, _ = build("llama")
     stock.eval()
     fused_norm.patch(copy.deepcopy(stock))
     for cls in (type(stock.model.norm), type(stock.model.layers[0])):
         original = cls.forward
-        monkeypatch.setattr(
-            cls, "forward", lambda self, *args, _original=original, **kwargs: _original(self, *args, **kwargs)
-        )
+
+        def replaced(self, *args, _original=original, **kwargs):
+            return _original(self, *args, **kwargs)
+
+        monkeypatch.setattr(cls, "forward", functools.wraps(original)(replaced) if wraps else replaced)
     model = copy.deepcopy(stock)
     report = fused_norm.patch(model)
     assert report.swapped == [] and report.residual == [] and len(report.left) == 5
