@@ -114,14 +114,14 @@ def missing() -> str | None:
     """Why the emulation cannot run on this machine; None if it can."""
     if compiler() is None:
         return "no C++ compiler"
-    probe = BUILD / "probe"
+    probe = BUILD / f"probe-{os.getpid()}"  # tests may run in several processes
     probe.parent.mkdir(parents=True, exist_ok=True)
     command = [compiler(), "-xc++", "-", "-fsanitize=address,undefined", "-o", str(probe)]
     source = "#include <sanitizer/asan_interface.h>\n#include <ucontext.h>\nint main() {}"
     built = subprocess.run(command, input=source, text=True, capture_output=True)
-    if built.returncode != 0 or subprocess.run([str(probe)], capture_output=True).returncode != 0:
-        return f"{compiler()} has no AddressSanitizer, or no ucontext"
-    return None
+    runs = built.returncode == 0 and subprocess.run([str(probe)], capture_output=True).returncode == 0
+    probe.unlink(missing_ok=True)
+    return None if runs else f"{compiler()} has no AddressSanitizer, or no ucontext"
 
 
 def _digest(*parts: object) -> str:
