@@ -121,6 +121,12 @@ def is_library(cls: type) -> bool:
 _TORCH = {cls: cls.forward for cls in (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)}
 
 
+def lacks_source(cls: type[nn.Module]) -> bool:
+    """Whether ``cls`` cannot be known because the source of its forward is not there, or not what runs."""
+    function, _ = unwrapped(cls.forward)
+    return function is not None and rewriting.source_of(function) is None
+
+
 def find(cls: type[nn.Module]) -> Known | None:
     """What is known of the norm ``cls``, wherever it comes from."""
     entry = _NORMS.get(_digests(cls))
@@ -162,7 +168,9 @@ def _build(cls: type[nn.Module]) -> type[nn.Module] | None:
 
     # pickle looks a class up by its name, and finds the stock one there
     def __reduce_ex__(self, protocol):
-        function, args, *rest = super(fused, self).__reduce_ex__(protocol)
+        function, args, *rest = super(fused, self).__reduce_ex__(
+            max(protocol, 2)
+        )  # before 2, pickle names the class itself
         if function is copyreg.__newobj__ and args[0] is fused:
             return (_new, (cls, *args[1:]), *rest)
         return (function, args, *rest)
@@ -280,39 +288,46 @@ def _unwatched(module: nn.Module) -> bool:
 
 
 def add_norm(
-    norm: nn.Module, x: Tensor, residual: Tensor, p: float = 0.0, training: bool = False
+    norm: nn.Module, x: Tensor, residual: Tensor, p: float = 0.0, training: bool = False, first: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """``(norm(summed), summed)`` with ``summed = residual + dropout(x, p)``: in one call where ``norm`` is fused and
-    nothing watches or replaces it, and as the separate operations of the stock block where not (``x`` and ``residual``
-    may be whatever has a sum there, and ``norm`` any module)."""
+    """``(norm(summed), summed)`` with ``summed = dropout(x, p) + residual``, or ``residual + dropout(x, p)`` where
+    ``first`` is False: in one call where ``norm`` is fused and nothing watches or replaces it, and as the separate
+    operations of the stock block where not (``x`` and ``residual`` may be whatever has a sum there, and ``norm`` any
+    module)."""
     plan = _REGISTRY.plans.get(type(norm))
     if (
         plan is not None
         and isinstance(x, Tensor)
         and isinstance(residual, Tensor)
+        and not (x.is_nested or residual.is_nested)
         and x.shape == residual.shape
         and _unwatched(norm)
     ):
         call = plan(norm, x.shape[-1], torch.promote_types(x.dtype, residual.dtype)) if x.ndim else None
         if call is not None and call.first is None:
             return _add_normalised(call, x, residual, p, training)
-    summed = residual + (F.dropout(x, p, training) if p else x)
+    x = F.dropout(x, p, training) if p else x
+    summed = x + residual if first else residual + x
     return norm(summed), summed
 
 
-def dropout_add_norm(norm: nn.Module, dropout: Callable, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+def dropout_add_norm(
+    norm: nn.Module, dropout: Callable, x: Tensor, residual: Tensor, first: bool
+) -> tuple[Tensor, Tensor]:
     """:func:`add_norm` where the block's dropout is a module."""
     if type(dropout) is nn.Dropout and not dropout.inplace and _unwatched(dropout):
-        return add_norm(norm, x, residual, dropout.p, dropout.training)
-    return add_norm(norm, dropout(x), residual)
+        return add_norm(norm, x, residual, dropout.p, dropout.training, first)
+    return add_norm(norm, dropout(x), residual, first=first)
 
 
 def _plan_layer_norm(module: nn.LayerNorm, n: int, dtype: torch.dtype) -> Call:
-    return Call(False, module.normalized_shape, module.weight, module.bias, module.eps, autocast=True)
+    offset = getattr(module, "weight_offset", 0.0)  # ours, which a user may have built with options; torch's has none
+    return Call(False, module.normalized_shape, module.weight, module.bias, module.eps, offset, autocast=True)
 
 
 def _plan_rms_norm(module: nn.RMSNorm, n: int, dtype: torch.dtype) -> Call:
-    return Call(True, module.normalized_shape, module.weight, None, module.eps, autocast=True)
+    offset, cast = module.weight_offset, module.cast_before_weight
+    return Call(True, module.normalized_shape, module.weight, None, module.eps, offset, cast, autocast=True)
 
 
 _REGISTRY.plans[LayerNorm] = _plan_layer_norm

@@ -39,7 +39,8 @@ def add_layer_norm(
     used. The dropout mask is never stored: it is a function of a seed drawn from torch's generator and of an element's
     place (Philox4x32-10: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011), and backward computes it
     again. So ``torch.manual_seed`` and activation checkpointing give the mask they should, the same on every backend of
-    ours; it is not the mask that :func:`torch.nn.functional.dropout` draws from the same seed.
+    ours; it is not the mask that :func:`torch.nn.functional.dropout` draws from the same seed. (That is drawn where the
+    operations are torch's own: on the backend ``torch``, for shapes that broadcast, for tensor subclasses, in export.)
 
     Args:
         input, residual: shape ``(*, *normalized_shape)``, any layout; fp64, fp32, bf16 or fp16. Different dtypes are

@@ -113,6 +113,7 @@ class AddLayerNorm(LayerNorm):
     p: float = 0.0
 
     def __init__(self, *args: Any, p: float = 0.0, weight_offset: float = 0.0, **kwargs: Any) -> None:
+        _refuse_memory_efficient(self, kwargs)
         super().__init__(*args, weight_offset=weight_offset, **kwargs)
         _set_options(self, p=_probability(p))
 
@@ -143,6 +144,7 @@ class AddRMSNorm(RMSNorm):
         cast_before_weight: bool = False,
         **kwargs: Any,
     ) -> None:
+        _refuse_memory_efficient(self, kwargs)
         super().__init__(*args, weight_offset=weight_offset, cast_before_weight=cast_before_weight, **kwargs)
         _set_options(self, p=_probability(p))
 
@@ -155,6 +157,11 @@ class AddRMSNorm(RMSNorm):
             weight_offset=self.weight_offset,
             cast_before_weight=self.cast_before_weight,
         )
+
+
+def _refuse_memory_efficient(norm: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    if "memory_efficient" in kwargs:
+        raise TypeError(f"{type(norm).__name__} takes no memory_efficient: it keeps its second output, the sum")
 
 
 def _probability(p: float) -> float:

@@ -81,6 +81,8 @@ def _reason_left(module: nn.Module) -> str | None:
     if base is not None:
         name = f"nn.{base.__name__}" if base in _SWAPS else base.__name__
         return f"{cls.__qualname__} is a subclass of {name}, which may compute something else"
+    if adapters.is_library(cls) and adapters.lacks_source(cls):
+        return f"{cls.__qualname__} of {cls.__module__} cannot be known: the source of its forward is not there"
     return f"{cls.__qualname__} of {cls.__module__} is not a norm this package knows"
 
 
@@ -99,6 +101,8 @@ def _block_reason_left(module: nn.Module) -> str | None:
         return None
     if "forward" in module.__dict__:
         return f"{cls.__qualname__}: {_OWN_FORWARD}"
+    if adapters.lacks_source(cls):
+        return f"{cls.__qualname__}: the source of its forward is not there"
     return f"{cls.__qualname__} is not a block this package knows; its norms ({', '.join(fused_norms)}) are fused alone"
 
 
@@ -116,7 +120,8 @@ def patch(model: nn.Module, *, residual: bool = True) -> PatchReport:
     What is not known is left and reported: subclasses, norms of other packages, code that came with a checkpoint,
     classes and modules whose forward somebody replaced, forwards without their source. A fused block looks at each call
     whether its norm and its dropout still are what they were, and nobody watches them by hooks, and if not calls them
-    one by one. Patching twice changes nothing more.
+    one by one (but not whether somebody has replaced the forward of the class it came from). Patching twice changes
+    nothing more.
 
     Args:
         model: any module.
@@ -165,7 +170,8 @@ def unpatch(model: nn.Module) -> list[str]:
 
     Returns:
         The names of the modules whose class was given back. One whose class was changed after :func:`patch` (by
-        ``parametrize`` or FSDP2, say) keeps it: undo that first.
+        ``parametrize`` or FSDP2, say), or that got a forward of its own (by accelerate's hooks, which hold the fused
+        one), keeps it: undo that first.
 
     Raises:
         TypeError: if ``model`` is not a module.
@@ -174,6 +180,8 @@ def unpatch(model: nn.Module) -> list[str]:
         raise TypeError(f"unpatch takes a torch.nn.Module, not {type(model).__name__}")
     given_back = []
     for name, module in model.named_modules():
+        if "forward" in module.__dict__:
+            continue
         stock = adapters.stock_class(type(module))
         if type(module) in _SWAPS.values():
             stock = module.__dict__.pop(_ORIGINAL, None)

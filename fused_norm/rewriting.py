@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import dataclasses
 import dis
 import functools
 import hashlib
@@ -182,6 +183,10 @@ def _quiet(node: ast.AST) -> bool:
     )
 
 
+def _binds(node: ast.AST) -> bool:
+    return any(isinstance(n, ast.NamedExpr) for n in ast.walk(node))
+
+
 def _evaluated_first(node: ast.AST, wanted: Callable[[ast.AST], bool]) -> tuple[ast.AST, str, int | None] | None:
     """The place (parent, field, index) of the first call in order of evaluation, if it is one that is wanted: nothing
     is called before it, and it is called in any case."""
@@ -218,18 +223,23 @@ class _Dropped:
     x: ast.expr
     module: ast.expr | None
     options: tuple[ast.expr, ...] = ()
+    name: str = ""  # of what a statement of its own dropped
 
 
 class _Rewriter:
     def __init__(self, function: types.FunctionType) -> None:
+        code = function.__code__
+        self.locals = {*code.co_varnames, *code.co_cellvars, *code.co_freevars}
         self.globals = function.__globals__
         self.count = 0
         self.joined: list[str] = []
 
     def _is_torchs_dropout(self, func: ast.expr) -> bool:
+        if not _quiet(func) or self.locals & set(_names(func)):
+            return False
         try:
-            found = eval(ast.unparse(func), self.globals) if _quiet(func) else None
-        except Exception:  # a name of the function's own, or none at all
+            found = eval(ast.unparse(func), self.globals)
+        except Exception:  # no such name
             return False
         return found is F.dropout
 
@@ -247,35 +257,39 @@ class _Rewriter:
             return None
         return _Dropped(given["input"], None, (given["p"], given["training"]))
 
-    def _joined(self, norm: ast.expr, terms: ast.BinOp, before: tuple[str, _Dropped] | None) -> ast.expr:
-        """``(norm(summed), summed)`` in one call; ``before``: a term that a statement before has dropped."""
-        x, residual = terms.left, terms.right
-        dropped = None
-        for term, other in ((x, residual), (residual, x)):
-            if before is not None:
-                found = before[1] if isinstance(term, ast.Name) and term.id == before[0] else None
-            else:
-                found = self._dropped(term)
-            if dropped is None and found is not None and _quiet(other):
-                dropped, x, residual = found, found.x, other
-        args = [norm, x, residual]
-        helper = "__fused_norm_add_norm"
-        if dropped is not None and dropped.module is not None:
-            helper, args = "__fused_norm_dropout_add_norm", [norm, dropped.module, x, residual]
-        elif dropped is not None:
-            args += dropped.options
+    def _joined(self, norm: ast.expr, terms: ast.BinOp, before: _Dropped | None) -> ast.expr:
+        """``(norm(summed), summed)`` in one call. ``before``: what a statement before has dropped, which is a term.
+
+        The other term is evaluated before the dropout then, where it may have come after: so it must be a name, and
+        one that nothing in the dropped term binds.
+        """
+        x, residual, dropped, first = terms.left, terms.right, None, True
+        if before is not None:
+            dropped, first = before, isinstance(x, ast.Name) and x.id == before.name
+        elif (found := self._dropped(x)) is not None and isinstance(residual, ast.Name):
+            dropped = found
+        elif (found := self._dropped(residual)) is not None and isinstance(x, ast.Name) and not _binds(residual):
+            dropped, first = found, False
+        if not first:
+            x, residual = residual, x
+        helper, args = "__fused_norm_add_norm", [norm, x, residual]
+        if dropped is not None:
+            args[1] = dropped.x
+            if dropped.module is not None:
+                helper, args = "__fused_norm_dropout_add_norm", [norm, dropped.module, *args[1:]]
+            args += [*dropped.options, ast.Constant(first)]
         self.joined.append(norm.attr)
         return ast.copy_location(ast.Call(ast.Name(helper, ast.Load()), args, []), terms)
 
-    def _before(self, done: _Statements, terms: ast.BinOp, target: str | None) -> tuple[str, _Dropped] | None:
-        """The statement before, if it drops a term of the sum that nobody reads afterwards: the sum takes its name."""
+    def _before(self, done: _Statements, terms: ast.BinOp, target: str | None) -> _Dropped | None:
+        """What the statement before drops, if it is a term of the sum and the other term another name, and nobody
+        reads it afterwards: the sum takes its name."""
         name = _assigned(done[-1]) if done else None
-        if name is None or name != target or sum(n == name for n in _names(terms)) != 1:
+        names = [term.id for term in (terms.left, terms.right) if isinstance(term, ast.Name)]
+        if name is None or name != target or len(names) != 2 or names.count(name) != 1:
             return None
-        other = terms.right if isinstance(terms.left, ast.Name) and terms.left.id == name else terms.left
-        both = {type(terms.left), type(terms.right)}
         dropped = self._dropped(done[-1].value)
-        return (name, dropped) if dropped is not None and _quiet(other) and ast.Name in both else None
+        return None if dropped is None else dataclasses.replace(dropped, name=name)
 
     def _inline(self, statement: ast.stmt, done: _Statements) -> None:
         """``self.norm(a + b)`` inside the statement."""
@@ -286,6 +300,10 @@ class _Rewriter:
         value = getattr(parent, field)
         call = value if index is None else value[index]
         before = self._before(done, call.args[0], _assigned(statement))
+        if (
+            before is not None and list(_names(statement)).count(before.name) > 2
+        ):  # what it is assigned to, and the term
+            before = None
         if before is not None:
             done.pop()
         joined = self._joined(call.func, call.args[0], before)
@@ -308,9 +326,10 @@ class _Rewriter:
                     rest = taken
                     continue
             self._inline(statement, done)
-            for field in ("body", "orelse", "finalbody"):
-                if isinstance(getattr(statement, field, None), list):
-                    setattr(statement, field, self.block(getattr(statement, field)))
+            # Not into with and try, which may go on after an exception and find the sum not assigned, nor into
+            # functions within.
+            if isinstance(statement, (ast.If, ast.For, ast.While)):
+                statement.body, statement.orelse = self.block(statement.body), self.block(statement.orelse)
             done.append(statement)
         return done
 
@@ -340,21 +359,42 @@ class _Rewriter:
             before = self._before(done, statement.value, target)
             if before is not None:
                 done.pop()
-            self.count += 1
-            normalised = f"__fused_norm_{self.count}"
-            pair = ast.Tuple([ast.Name(normalised, ast.Store()), ast.Name(target, ast.Store())], ast.Store())
-            joined = self._joined(call.func, statement.value, before)
-            done.append(ast.copy_location(ast.Assign([pair], joined), statement))
-            done.extend(aliases)
-            result = ast.copy_location(ast.Name(normalised, ast.Load()), call)
-            if index is None:
-                setattr(parent, field, result)
+            joined = ast.copy_location(self._joined(call.func, statement.value, before), statement)
+            normalised = _assigned(following) if parent is following else None
+            if normalised is None or (normalised in names and normalised != target):
+                self.count += 1
+                normalised = f"__fused_norm_{self.count}"
+                result = ast.copy_location(ast.Name(normalised, ast.Load()), call)
+                if index is None:
+                    setattr(parent, field, result)
+                else:
+                    value[index] = result
             else:
-                value[index] = result
+                rest = rest[1:]
+            # Where the norm's result takes the sum's name, the sum takes that of its first alias, if it has any.
+            summed = target
+            if normalised == target:
+                summed = _assigned(aliases[0]) if aliases else None
+                for alias in aliases[1:]:
+                    alias.value.id = summed if alias.value.id == target else alias.value.id
+                aliases = aliases[1:]
+            if summed is None:
+                target_node = ast.Name(normalised, ast.Store())
+                joined = ast.Subscript(joined, ast.Constant(0), ast.Load())
+            else:
+                target_node = ast.Tuple([ast.Name(normalised, ast.Store()), ast.Name(summed, ast.Store())], ast.Store())
+            done.append(ast.copy_location(ast.Assign([target_node], joined), statement))
+            done.extend(aliases)
             return rest
-        if isinstance(following, ast.If) and _quiet(following.test) and not names & set(_names(following.test)):
+        if (
+            isinstance(following, ast.If)
+            and _quiet(following.test)
+            and not names & set(_names(following.test))
+            and _quiet(statement.value)  # a call might change what the condition reads
+        ):
             moved = [statement, *aliases]
-            if self._before(done, statement.value, target) is not None:
+            before = self._before(done, statement.value, target)
+            if before is not None and _quiet(before.x):
                 moved = [done[-1], *moved]
             tried = _Rewriter.__new__(_Rewriter)
             tried.__dict__ = {**self.__dict__, "joined": list(self.joined)}
@@ -423,11 +463,12 @@ def joined(
 
     Args:
         function: a plain function, the forward of a module.
-        add_norm: ``(module, x, residual[, p, training]) -> (module(summed), summed)``.
-        dropout_add_norm: ``(module, dropout, x, residual)``, likewise, with a module for the dropout.
+        add_norm: ``(module, x, residual[, p, training, first]) -> (module(summed), summed)``, with ``summed = x +
+            residual``, or ``residual + x`` where ``first`` is False.
+        dropout_add_norm: ``(module, dropout, x, residual, first)``, likewise, with a module for the dropout of x.
     """
     tree = source_of(function)
-    if tree is None:
+    if tree is None or any(isinstance(n, (ast.Global, ast.Nonlocal)) for n in ast.walk(tree)):
         return None
     rewriter = _Rewriter(function)
     tree.body = rewriter.block(tree.body)

@@ -12,6 +12,7 @@ from cases import assert_same_bits
 from torch import nn
 
 import fused_norm
+from fused_norm import adapters
 
 
 class CustomLayerNorm(nn.LayerNorm):
@@ -517,3 +518,62 @@ def test_a_patched_model_can_be_traced() -> None:
     traced = torch.jit.trace(model, torch.randn(2, 8))
     assert "fused_norm::" not in str(traced.inlined_graph)  # it runs where this package is not
     torch.testing.assert_close(traced(x), expected)
+
+
+def test_blocks_keep_the_options_of_a_norm_that_a_user_built() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0).double()
+    with torch.no_grad():
+        layer.norm1.weight.sub_(1.0)
+    layer.norm1.__class__ = fused_norm.LayerNorm
+    layer.norm1.weight_offset = 1.0
+    x = torch.randn(3, 2, 8, dtype=torch.float64)
+    expected = layer(x)
+    assert fused_norm.patch(layer).residual == ["(the model itself)"]
+    torch.testing.assert_close(layer(x), expected)
+    layer.norm1.weight_offset = 0.0
+    assert not torch.allclose(layer(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_keep_the_order_of_an_rms_norm(dtype: torch.dtype) -> None:
+    norm = fused_norm.RMSNorm(64, cast_before_weight=True).to(dtype)
+    with torch.no_grad():
+        norm.weight.add_(torch.randn(64) * 0.3)
+    x, r = (torch.randn(9, 64).to(dtype) for _ in range(2))
+    y, summed = adapters.add_norm(norm, x, r)
+    assert torch.equal(y, norm(x + r)) and torch.equal(summed, x + r)
+
+
+def test_unpatch_leaves_what_has_a_forward_of_its_own() -> None:
+    """It may hold the fused class's, as accelerate's hooks do."""
+    model = nn.Sequential(nn.LayerNorm(8), nn.LayerNorm(8))
+    fused_norm.patch(model)
+    model[0].forward = model[0].forward
+    assert fused_norm.unpatch(model) == ["1"]
+    assert model(torch.randn(2, 8)).shape == (2, 8)
+    del model[0].forward
+    assert fused_norm.unpatch(model) == ["0"] and type(model[0]) is nn.LayerNorm
+
+
+def test_nested_tensors_are_added_and_normalised_apart() -> None:
+    norm = fused_norm.LayerNorm(8)
+    nested = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)])
+    y, summed = adapters.add_norm(norm, nested, nested)
+    for a, e in zip(y.unbind(), norm(summed).unbind(), strict=True):
+        torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_pickle_protocols(protocol: int) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)
+    fused_norm.patch(layer)
+    again = pickle.loads(pickle.dumps(layer, protocol))
+    assert type(again) is type(layer)
+    x = torch.randn(3, 2, 8)
+    torch.testing.assert_close(again(x), layer(x))
+
+
+@pytest.mark.parametrize("cls", [fused_norm.AddLayerNorm, fused_norm.AddRMSNorm])
+def test_add_norms_refuse_an_option_that_they_have_not(cls: type) -> None:
+    with pytest.raises(TypeError, match="memory_efficient"):
+        cls(8, memory_efficient=True)

@@ -196,14 +196,16 @@ def _join(function):
     """Joined by stand-ins that do the parts one by one, and count their calls."""
     calls = []
 
-    def add_norm(norm, x, residual, p=0.0, training=False):
+    def add_norm(norm, x, residual, p=0.0, training=False, first=True):
         calls.append("add_norm")
-        summed = residual + F.dropout(x, p, training)
+        x = F.dropout(x, p, training) if p else x
+        summed = x + residual if first else residual + x
         return norm(summed), summed
 
-    def dropout_add_norm(norm, dropout, x, residual):
+    def dropout_add_norm(norm, dropout, x, residual, first):
         calls.append("dropout_add_norm")
-        summed = residual + dropout(x)
+        x = dropout(x)
+        summed = x + residual if first else residual + x
         return norm(summed), summed
 
     found = rewriting.joined(function, add_norm, dropout_add_norm)
@@ -265,18 +267,170 @@ def the_other_term_draws_too(self, x, r):
     return self.norm(x)
 
 
+def a_scaled_dropout(self, x, r):
+    x = self.dropout(x)
+    x = self.scale * x + r
+    x = self.norm(x)
+    return x
+
+
+def a_scaled_dropout_inside(self, x, r):
+    x = F.dropout(x, p=self.p, training=self.training)
+    x = self.norm(r + -x)
+    return x
+
+
+def dropped_value_is_read_in_the_same_statement(self, x, r):
+    x = self.dropout(x)
+    x = self.norm(x + r) + x
+    return x
+
+
+def the_left_term_is_changed_by_the_right(self, x, r):
+    return self.norm(self.scale * x + self.dropout(x.mul_(2)))
+
+
+def the_left_term_is_bound_by_the_right(self, x, r):
+    return self.norm(r + self.dropout(r := self.attn(x)))
+
+
 @pytest.mark.parametrize(
     "function",
-    [dropped_value_is_used_again, a_dropout_of_another_kind, the_other_term_draws_too],
+    [
+        dropped_value_is_used_again,
+        a_dropout_of_another_kind,
+        the_other_term_draws_too,
+        a_scaled_dropout,
+        a_scaled_dropout_inside,
+        dropped_value_is_read_in_the_same_statement,
+        the_left_term_is_changed_by_the_right,
+        the_left_term_is_bound_by_the_right,
+    ],
     ids=lambda f: f.__name__,
 )
 def test_a_dropout_that_may_not_join_stays(function) -> None:
     joined, names, _ = _join(function)
     assert names == ["norm"]
     block, x, r = Block(), torch.randn(4, 6), torch.randn(4, 6)
-    ours, theirs = _run(joined, block, x, r), _run(function, block, x, r)
+    ours, theirs = _run(joined, block, x.clone(), r), _run(function, block, x.clone(), r)
     torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=0)
     assert ours[1] == theirs[1]
+
+
+def a_call_changes_what_the_condition_reads(self, x, r):
+    x = self.change(x) + r
+    if self.flag:
+        x = self.norm(x)
+    return x
+
+
+def test_a_sum_with_a_call_does_not_move_past_a_condition() -> None:
+    assert rewriting.joined(a_call_changes_what_the_condition_reads, None, None) is None
+
+
+def an_exception_between(self, x, r):
+    h = x
+    try:
+        h = x + r
+        y = self.fail(h)
+    except RuntimeError:
+        y = h
+    return self.norm(y + r)
+
+
+def test_a_sum_in_a_try_is_assigned_before_the_call() -> None:
+    joined, names, _ = _join(an_exception_between)
+    assert names == ["norm"]
+
+    def fail(h):
+        raise RuntimeError
+
+    block, x, r = Block(), torch.randn(4, 6), torch.randn(4, 6)
+    block.fail = fail
+    torch.testing.assert_close(joined(block, x, r), an_exception_between(block, x, r))
+
+
+def terms_that_are_no_tensors(self, x, r):
+    c = [x] + [r]  # noqa: RUF005 (it is the sum that counts)
+    return self.stack(c), self.get("no" + "rm")
+
+
+def test_terms_keep_their_order() -> None:
+    joined, _, _ = _join(terms_that_are_no_tensors)
+    block, x, r = Block(), torch.randn(4, 6), torch.randn(4, 6)
+    block.stack, block.get = torch.stack, lambda name: getattr(block, name)
+    ours, theirs = joined(block, x, r), terms_that_are_no_tensors(block, x, r)
+    torch.testing.assert_close(ours[0], theirs[0])
+    assert ours[1] is theirs[1]
+
+
+def an_argument_called_dropout(self, x, dropout):
+    return self.norm(dropout(x, p=0.5, training=True) + x)
+
+
+def test_an_argument_is_not_torchs_dropout(monkeypatch) -> None:
+    monkeypatch.setitem(globals(), "dropout", F.dropout)
+    joined, _, calls = _join(an_argument_called_dropout)
+    block, x = Block(), torch.randn(4, 6)
+    torch.testing.assert_close(
+        joined(block, x, lambda x, p, training: x * 3),
+        an_argument_called_dropout(block, x, lambda x, p, training: x * 3),
+    )
+    assert calls == ["add_norm"]
+
+
+def a_global(self, x, r):
+    global SUMMED
+    SUMMED = x + r
+    return self.norm(SUMMED)
+
+
+def test_a_global_is_left() -> None:
+    assert rewriting.joined(a_global, None, None) is None
+
+
+def two_aliases(self, x, r):
+    x = x + r
+    a = x
+    b = a
+    x = self.norm(b)
+    return x, a, b
+
+
+def alias_overwritten(self, x, r):
+    y = x + r
+    a = y
+    a = self.norm(y)
+    return a, y
+
+
+def post_norm(self, x, r):
+    x = x + r
+    x = self.norm(x)
+    return x, r
+
+
+def another_result(self, x, r):
+    x = x + r
+    a = x
+    y = self.norm(a)
+    return x, a, y
+
+
+@pytest.mark.parametrize(
+    "function", [two_aliases, alias_overwritten, post_norm, another_result], ids=lambda f: f.__name__
+)
+def test_names_hold_what_they_held(function) -> None:
+    joined, names, _ = _join(function)
+    assert names == ["norm"]
+    block, x, r = Block(), torch.randn(4, 6), torch.randn(4, 6)
+    for ours, theirs in zip(joined(block, x, r), function(block, x, r), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_the_norms_result_is_not_held_longer() -> None:
+    joined, _, _ = _join(sum_before)
+    assert not any(name.startswith("__fused_norm_") for name in joined.__code__.co_varnames)
 
 
 def test_a_shadowed_dropout_is_not_torchs() -> None:
