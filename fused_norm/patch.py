@@ -180,12 +180,14 @@ def unpatch(model: nn.Module) -> list[str]:
         raise TypeError(f"unpatch takes a torch.nn.Module, not {type(model).__name__}")
     given_back = []
     for name, module in model.named_modules():
-        if "forward" in module.__dict__:
+        cls, own = type(module), module.__dict__.get("forward")
+        stock = module.__dict__.get(_ORIGINAL) if cls in _SWAPS.values() else adapters.stock_class(cls)
+        left_behind = getattr(own, "__func__", None) is cls.forward  # by accelerate, where its hook was
+        if stock is None or (own is not None and not left_behind):
             continue
-        stock = adapters.stock_class(type(module))
-        if type(module) in _SWAPS.values():
-            stock = module.__dict__.pop(_ORIGINAL, None)
-        if stock is not None:
-            module.__class__ = stock
-            given_back.append(name or "(the model itself)")
+        if left_behind:
+            del module.forward
+        module.__dict__.pop(_ORIGINAL, None)
+        module.__class__ = stock
+        given_back.append(name or "(the model itself)")
     return given_back
