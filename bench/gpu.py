@@ -31,10 +31,15 @@ GRACE_S = 10.0
 
 #: What the benchmark runs, a step each, by the result's name: operations, and seconds given to their cases. Together
 #: they stay inside the section's limit, with room for compiling.
-BENCHES = {"bench": ("norms", 220), "bench-ticks": ("ticks", 220)}
+BENCHES = {"bench": ("norms", 150), "bench-add-norms": ("add-norms", 140), "bench-ticks": ("ticks", 150)}
 
 #: Test files that run on the real GPU as a whole, beside every test marked gpu.
-GPU_TEST_FILES = ("tests/test_triton.py", "tests/test_triton_ticks.py", "tests/test_cuda_native.py")
+GPU_TEST_FILES = (
+    "tests/test_triton.py",
+    "tests/test_triton_add_norm.py",
+    "tests/test_triton_ticks.py",
+    "tests/test_cuda_native.py",
+)
 
 #: Test files whose small tests run under the sanitizers. Most of the last one's tests need a compiler instead of a GPU.
 SANITIZED_TEST_FILES = (*GPU_TEST_FILES, "tests/test_cuda_ticks.py")

@@ -149,7 +149,7 @@ def test_a_section_alone_builds_first_where_nothing_is_built(gpu, tmp_path, monk
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     monkeypatch.setattr(gpu, "build_steps", lambda: [gpu.Step("build", script(""))])
     (tmp_path / "fused_norm").mkdir()
-    benches = ["bench", "bench-ticks"]
+    benches = ["bench", "bench-add-norms", "bench-ticks"]
     assert [s.name for s in gpu.sections(tmp_path, ["bench"])["bench"]()] == ["build", *benches]
     assert [s.name for s in gpu.sections(tmp_path, ["build", "bench"])["bench"]()] == benches
     (tmp_path / "fused_norm" / "_C_cuda.abi3.so").touch()

@@ -195,14 +195,14 @@ def nvidia_tool(name: str, argument: str, cubin: bytes, tmp_path: Path) -> str:
     ).stdout
 
 
-def assert_no_spills(kernel, target: str, tmp_path: Path) -> None:
+def assert_no_spills(kernel, target: str, tmp_path: Path, stack_limit: int = 0) -> None:
     if target == "gfx942":
         assembly = kernel.asm["amdgcn"]
         assert re.findall(r"\.(?:[sv]gpr_spill_count|private_segment_fixed_size): *(\d+)", assembly) == ["0"] * 3
         return
     usage = nvidia_tool("cuobjdump", "-res-usage", kernel.asm["cubin"], tmp_path)
     stack, local = map(int, re.search(r"STACK:(\d+).*LOCAL:(\d+)", usage).groups())
-    assert (stack, local) == (0, 0), usage
+    assert stack <= stack_limit and local == 0, usage
 
 
 def widest_access(ptx: str, kind: str, bits: int) -> int:

@@ -499,8 +499,9 @@ def norm_backward_kernel(
         ok = row_ok[:, None] & col_ok
         dy_ptrs = dy_ptr + row[:, None] * dy_stride + cols
         dy = tl.load(dy_ptrs, mask=ok, other=0.0, eviction_policy="evict_first").to(ACC)
-        if dsummed_ptr is not None:
-            # Before the sums over the row, which wait for all threads.
+        if dsummed_ptr is not None and (ROWS > 1 or not FP64):
+            # Before the sums over the row, which wait for all threads; in fp64, where a tile is one wide row, no
+            # register is left to hold it meanwhile.
             dsummed_ptrs = dsummed_ptr + row[:, None] * dsummed_stride + cols
             dsummed = tl.load(dsummed_ptrs, mask=ok, other=0.0, eviction_policy="evict_first")
         if NEED_D or dw_ptr is not None:
@@ -525,6 +526,9 @@ def norm_backward_kernel(
                 dx = dx - mean_of(tl.sum(g, axis=1), n, one_nth)[:, None]
             dx = dx * rstd[:, None]
             if dsummed_ptr is not None:
+                if ROWS == 1 and FP64:
+                    dsummed_ptrs = dsummed_ptr + row[:, None] * dsummed_stride + cols
+                    dsummed = tl.load(dsummed_ptrs, mask=ok, other=0.0, eviction_policy="evict_first")
                 dx += dsummed.to(ACC)
             if dx_ptr is not None:
                 tl.store(dx_ptr + row[:, None] * n + cols, dx, mask=ok)
