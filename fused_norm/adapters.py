@@ -29,7 +29,6 @@ from .modules import LayerNorm, RMSNorm
 _HALF = (torch.bfloat16, torch.float16)
 _FP32 = (torch.float32, *_HALF)  # what fp32 holds
 
-
 # Decorators of transformers after which a call is still the function's own: they rename a deprecated keyword, or
 # checkpoint the call where the model is told to (and wrap an adapter's forward of themselves).
 _TRANSPARENT = ("transformers.utils.deprecation", "transformers.modeling_layers")
@@ -87,7 +86,7 @@ _REGISTRY = _Registry()
 
 
 def adapter(cls: type[nn.Module]) -> type[nn.Module] | None:
-    """The adapter of a class of transformers; None if there is none. Always the same class for the same class."""
+    """The adapter of a class of transformers, timm or torch, always the same one; None if it has none."""
     key = (cls, cls.forward)  # somebody may patch the class between two calls
     if key not in _REGISTRY.adapters:
         _REGISTRY.adapters[key] = _build(cls)
@@ -168,9 +167,8 @@ def _build(cls: type[nn.Module]) -> type[nn.Module] | None:
 
     # pickle looks a class up by its name, and finds the stock one there
     def __reduce_ex__(self, protocol):
-        function, args, *rest = super(fused, self).__reduce_ex__(
-            max(protocol, 2)
-        )  # before 2, pickle names the class itself
+        # Protocols before 2 name the class itself.
+        function, args, *rest = super(fused, self).__reduce_ex__(max(protocol, 2))
         if function is copyreg.__newobj__ and args[0] is fused:
             return (_new, (cls, *args[1:]), *rest)
         return (function, args, *rest)
