@@ -60,7 +60,7 @@ def sections() -> dict[str, dict[str, Callable[[], object]]]:
         "without gradients": {
             "F.layer_norm": lambda: F.layer_norm(x, shape, w, b),
             "FF.layer_norm": lambda: FF.layer_norm(x, shape, w, b),
-            "  is_compiling, is_tracing": lambda: FF.is_compiling() or FF.is_tracing(),
+            "  is_compiling, is_tracing": lambda: norms.is_compiling() or norms.is_tracing(),
             "  plain_row_length": lambda: dispatch.plain_row_length(x, shape, w, b),
             "  transforms_active": transforms_active,
             "  dispatch.select": lambda: dispatch.select("norm", "cpu"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import fused_norm
 from fused_norm.bench import gate, losses, main, memory, norms, operation, providers, run, timing
 from fused_norm.bench.cases import GROUPS, OPS
 from fused_norm.bench.operation import PASSES, Provider
@@ -790,3 +792,22 @@ def test_memory_on_a_gpu():
         return b
 
     assert memory.cuda_peak(call, (), device) == memory.Peak(8 << 22, 5 << 22)
+
+
+@pytest.mark.parametrize(
+    "command, said",
+    [
+        ("small_call.py --rounds 2", r"FF\.layer_norm +\d+\.\d\d +\d+\.\d\dx torch's"),
+        ("derivatives.py --repeats 1", r"per-sample gradients.* \d+\.\d\d$"),
+    ],
+)
+def test_the_other_scripts_run(command: str, said: str) -> None:
+    """They call parts of the package by name, which may move."""
+    if fused_norm.available_backends()["native"] is not None:
+        pytest.skip("the native backend is missing here")
+    script, *arguments = command.split()
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "bench" / script), *arguments], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(said, done.stdout, re.MULTILINE), done.stdout
