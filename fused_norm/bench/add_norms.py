@@ -10,9 +10,10 @@ from torch import Tensor
 
 from .. import functional as FF
 from ..testing import norm_truth
-from .norms import EPS, QUICK_SHAPES, SHAPES, layer_norm, rms_norm
-from .operation import Call, Inputs, Op, Provider, Shape, random_tensors, row_blocks
+from .norms import EPS, layer_norm, rms_norm
+from .operation import Call, Inputs, Op, Provider, random_tensors, row_blocks
 from .providers import liger_unavailable, with_providers
+from .shapes import NORM_QUICK_SHAPES, NORM_SHAPES, NORM_SWEEPS, Shape
 
 DROPOUT_P = 0.1
 
@@ -110,8 +111,9 @@ def _op(rms: bool, p: float, both: bool) -> Op:
         truth_of_call=partial(truth, rms, p),
         outputs=("y", "summed"),
         bytes_moved=partial(bytes_moved, rms, p, both),
-        shapes=SHAPES,
-        quick_shapes=QUICK_SHAPES,
+        shapes=NORM_SHAPES,
+        quick_shapes=NORM_QUICK_SHAPES,
+        sweeps=NORM_SWEEPS,
         note=f"{f'dropout {p}, ' if p else ''}residual connection and norm, {used}; torch is the operations one by one",
     )
     peers = (Provider("liger", _liger, liger_unavailable),) if rms and not p else ()

@@ -12,27 +12,22 @@ from torch import Tensor
 
 from .. import functional as FF
 from .. import reference
-from .operation import Call, Inputs, Op, Provider, Shape, random_tensors, row_blocks
+from .operation import Call, Inputs, Op, Provider, random_tensors, row_blocks
 from .providers import fused, liger_unavailable, package, with_providers
+from .shapes import (
+    LINEAR_QUICK_SHAPES,
+    LINEAR_SHAPES,
+    LINEAR_SWEEPS,
+    LOSS_QUICK_SHAPES,
+    LOSS_SHAPES,
+    LOSS_SWEEPS,
+    Shape,
+)
 
 TICKS_WEIGHT = 1e-3
 
 #: A provider whose name begins so computes cross entropy alone, and is judged by cross entropy's own truth.
 CE = "cross_entropy"
-
-#: (rows, classes): the vocabularies of BERT, Llama 2 and Llama 3, 125 to 263 MB of fp32 logits; on a GPU Gemma's too.
-SHAPES: dict[str, tuple[Shape, ...]] = {
-    "cpu": ((1024, 30522), (1024, 32000), (512, 128256)),
-    "cuda": tuple((m, v) for v in (32000, 128256, 262144) for m in (4096, 8192)),
-}
-QUICK_SHAPES: dict[str, tuple[Shape, ...]] = {"cpu": ((256, 32000),), "cuda": ((4096, 32000), (4096, 128256))}
-
-#: (rows, classes, hidden features); the last is Qwen's vocabulary.
-LINEAR_SHAPES: dict[str, tuple[Shape, ...]] = {
-    "cpu": ((512, 32000, 512), (512, 128256, 512)),
-    "cuda": tuple((8192, v, 4096) for v in (32000, 128256, 152064)),
-}
-LINEAR_QUICK_SHAPES: dict[str, tuple[Shape, ...]] = {"cpu": ((128, 32000, 256),), "cuda": ((4096, 32000, 4096),)}
 
 
 def ticks_formula(x: Tensor, target: Tensor) -> Tensor:
@@ -191,8 +186,9 @@ TICKS = with_providers(
         inputs=make_inputs,
         truths={"": partial(truth, TICKS_WEIGHT), CE: partial(truth, 0.0)},
         bytes_moved=ticks_bytes,
-        shapes=SHAPES,
-        quick_shapes=QUICK_SHAPES,
+        shapes=LOSS_SHAPES,
+        quick_shapes=LOSS_QUICK_SHAPES,
+        sweeps=LOSS_SWEEPS,
         note=f"logits (M, V); torch is -lp + {TICKS_WEIGHT}*(lp.exp() - lp) of log_softmax in the logits' dtype,"
         f" torch:float the same of fp32 copies; {_CE_NOTE}; ce:liger and fused:inplace write the gradient over logits"
         " (ce:liger in forward already)",
@@ -218,6 +214,7 @@ LINEAR_TICKS = with_providers(
         bytes_moved=lambda pass_name, shape, dtype: None,  # bound by arithmetic, not by bytes
         shapes=LINEAR_SHAPES,
         quick_shapes=LINEAR_QUICK_SHAPES,
+        sweeps=LINEAR_SWEEPS,
         # Fused ones make the gradients in forward where any are wanted, so neither half compares with torch's.
         passes=("forward+backward", "forward-nograd"),
         # torch's bf16 matrix products are many times slower than fp32's on a CPU without instructions for bf16.

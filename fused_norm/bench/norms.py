@@ -10,42 +10,9 @@ from torch import Tensor
 
 from .. import functional as FF
 from ..testing import norm_truth
-from .operation import Call, Inputs, Op, Provider, Shape, random_tensors, row_blocks
+from .operation import Call, Inputs, Op, Provider, random_tensors, row_blocks
 from .providers import liger_unavailable, with_providers
-
-#: (rows, columns) by device type. CPU: small models, a GPT-2 XL width, square, wide, narrow, very wide, odd. CUDA: the
-#: widths with published figures at 4096 rows (launch-bound to bandwidth-bound), 64M elements from narrow to very wide.
-SHAPES: dict[str, tuple[Shape, ...]] = {
-    "cpu": (
-        (768, 384),
-        (512, 768),
-        (2048, 1600),
-        (4096, 1024),
-        (4096, 4096),
-        (512, 8192),
-        (8192, 128),
-        (64, 65536),
-        (1000, 1001),
-    ),
-    "cuda": (
-        (4096, 1024),
-        (4096, 4096),
-        (4096, 16384),
-        (65536, 1024),
-        (16384, 4096),
-        (8192, 8192),
-        (2048, 32768),
-        (1024, 65536),
-        (256, 262144),
-        (1000, 1001),
-    ),
-}
-
-#: What ``--quick`` runs.
-QUICK_SHAPES: dict[str, tuple[Shape, ...]] = {
-    "cpu": ((512, 768), (4096, 1024)),
-    "cuda": ((4096, 1024), (4096, 4096), (4096, 16384)),
-}
+from .shapes import NORM_QUICK_SHAPES, NORM_SHAPES, NORM_SWEEPS, Shape
 
 EPS = {False: 1e-5, True: 1e-6}
 
@@ -120,8 +87,9 @@ def _op(name: str, rms: bool, call: Call) -> Op:
         inputs=partial(make_inputs, rms),
         truths={"": partial(truth, rms)},
         bytes_moved=partial(bytes_moved, rms),
-        shapes=SHAPES,
-        quick_shapes=QUICK_SHAPES,
+        shapes=NORM_SHAPES,
+        quick_shapes=NORM_QUICK_SHAPES,
+        sweeps=NORM_SWEEPS,
     )
     return with_providers(op, "norm", (Provider("liger", partial(_liger, rms), liger_unavailable),))
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-Shape = tuple[int, ...]
+from .shapes import Shape, Shapes
 
 #: Takes one case's tensors in the order of `Inputs.tensors`, gives the output, or several.
 Call = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -117,9 +117,10 @@ class Op:
     ``inputs(shape, dtype, device, seed)`` makes a case. ``truths[function](inputs)`` gives the fp64 truth: y, and for
     each leaf its gradient, under d and the leaf's name; ``truth_of_call(inputs, call)`` gives it in their place where
     it depends on the call, by a random mask. ``outputs`` names what a call gives, where that is more than y.
-    ``bytes_moved(pass, shape, dtype)`` counts the bytes of an ideal pass, None where that says nothing. ``dtypes`` are
-    those that run unless others are asked for, by device type. ``note`` is told above its table. ``providers`` is what
-    it is compared with, by name.
+    ``bytes_moved(pass, shape, dtype)`` counts the bytes of an ideal pass, None where that says nothing. ``shapes`` run
+    by default, by device type, ``quick_shapes`` with ``--quick``, and ``sweeps[name]`` where that is asked for.
+    ``dtypes`` are those that run unless others are asked for, by device type. ``note`` is told above its table.
+    ``providers`` is what it is compared with, by name.
     """
 
     name: str
@@ -130,8 +131,9 @@ class Op:
     inputs: Callable[[Shape, torch.dtype, torch.device, int], Inputs]
     truths: Mapping[str, Callable[[Inputs], dict[str, Tensor]]]
     bytes_moved: Callable[[str, Shape, torch.dtype], int | None]
-    shapes: Mapping[str, tuple[Shape, ...]]
-    quick_shapes: Mapping[str, tuple[Shape, ...]]
+    shapes: Shapes
+    quick_shapes: Shapes
+    sweeps: Mapping[str, Shapes]
     passes: tuple[str, ...] = PASSES
     outputs: tuple[str, ...] = ("y",)
     truth_of_call: Callable[[Inputs, Call], dict[str, Tensor]] | None = None
