@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .. import functional as FF
 from ..testing import norm_truth
-from .norms import EPS, layer_norm, rms_norm
+from .norms import EPS, FLASH_ATTN, FLASH_ATTN_LIMIT, LIGER_LIMIT, layer_norm, rms_norm
 from .operation import Call, Inputs, Op, Provider, random_tensors, row_blocks
-from .providers import liger_unavailable, with_providers
+from .providers import package, takes, with_providers
 from .shapes import NORM_QUICK_SHAPES, NORM_SHAPES, NORM_SWEEPS, Shape
 
 DROPOUT_P = 0.1
@@ -91,10 +91,42 @@ def truth(rms: bool, p: float, inputs: Inputs, call: Call) -> dict[str, Tensor]:
 
 
 def _liger() -> Call:
-    from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
+    from liger_kernel.ops import LigerFusedAddRMSNormFunction
 
     # "gemma" computes in fp32 and rounds once; in_place=True would write dx over dy.
     return lambda x, r, w, b: LigerFusedAddRMSNormFunction.apply(x, r, w, EPS[True], 0.0, "gemma", False)
+
+
+def _quack() -> Call:
+    from quack.rmsnorm import rmsnorm
+
+    return lambda x, r, w, b: rmsnorm(x, w, residual=r, eps=EPS[True], prenorm=True)
+
+
+def _flash_attn(rms: bool, p: float, both: bool) -> Call:
+    from flash_attn.ops.triton.layer_norm import layer_norm_fn, rms_norm_fn
+
+    norm = rms_norm_fn if rms else layer_norm_fn
+
+    def call(x: Tensor, r: Tensor, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if p:
+            torch.manual_seed(SEED)
+        # Asked for the sum, its backward reads a gradient of it, also one of zeros: a post-norm block does not ask.
+        # What requires no gradient is the sum of ones and zeros, by which the harness sees the mask.
+        prenorm = both or not x.requires_grad
+        out = norm(x, w, b, residual=r, eps=EPS[rms], dropout_p=p, prenorm=prenorm)
+        return out if prenorm else (out, None)
+
+    return call
+
+
+def _peers(rms: bool, p: float, both: bool) -> tuple[Provider, ...]:
+    flash_attn = Provider("flash-attn", partial(_flash_attn, rms, p, both), FLASH_ATTN, FLASH_ATTN_LIMIT)
+    if p or not rms:
+        return (flash_attn,)
+    liger = package("liger-kernel", "liger_kernel.ops:LigerFusedAddRMSNormFunction")
+    quack = package("quack-kernels", "quack.rmsnorm:rmsnorm")
+    return (Provider("liger", _liger, liger, LIGER_LIMIT), Provider("quack", _quack, quack, takes()), flash_attn)
 
 
 def _op(rms: bool, p: float, both: bool) -> Op:
@@ -116,8 +148,7 @@ def _op(rms: bool, p: float, both: bool) -> Op:
         sweeps=NORM_SWEEPS,
         note=f"{f'dropout {p}, ' if p else ''}residual connection and norm, {used}; torch is the operations one by one",
     )
-    peers = (Provider("liger", _liger, liger_unavailable),) if rms and not p else ()
-    return with_providers(op, "norm", peers)
+    return with_providers(op, "norm", _peers(rms, p, both))
 
 
 #: Llama's and GPT-2's blocks, BERT's, T5's.

@@ -21,8 +21,9 @@ TORCH_FACTOR, TORCH_CAP = 2.0, 0.5
 
 @dataclass
 class Verdict:
-    """``status`` is ok, wrong or error; ``errors`` maps y, dx, dw, db to their relative error; ``no_backward`` is the
-    reason why a provider whose forward is right has no backward; ``seconds`` is what the answer took."""
+    """``status`` is ok, wrong, error, or skipped where the provider does not take the case; ``errors`` maps y, dx, dw,
+    db to their relative error; ``no_backward`` is the reason why a provider whose forward is right has no backward;
+    ``seconds`` is what the answer took."""
 
     status: str
     reason: str = ""
@@ -52,12 +53,11 @@ def answer(provider: Provider, op: Op, call: Call, inputs: Inputs) -> tuple[dict
             grads = gradients(outputs, own.leaf_tensors, upstream)
         except NotImplementedError as e:
             no_backward = describe(e)
-        found = dict(zip(op.outputs, (o.detach() for o in as_tuple(outputs)), strict=True))
+        found = {name: o.detach() for name, o in zip(op.outputs, as_tuple(outputs), strict=True) if o is not None}
         own = inputs.without_sharing(provider.overwrites)
         with torch.no_grad():
             plain = call(*own.args)
-    for name, o in zip(op.outputs, as_tuple(plain), strict=True):
-        found[f"{name} without grad"] = o
+    found |= {f"{n} without grad": o for n, o in zip(op.outputs, as_tuple(plain), strict=True) if o is not None}
     return found | dict(zip((f"d{name}" for name in inputs.leaves), grads, strict=False)), no_backward
 
 
@@ -76,8 +76,8 @@ def _errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, flo
 
 
 def judge(op: Op, inputs: Inputs, providers: list[Provider]) -> tuple[dict[str, Verdict], dict[str, Call]]:
-    """A verdict for each provider on these inputs, and the call of each that is right. One that raises, writes over an
-    input or is off is not to be timed."""
+    """A verdict for each provider on these inputs, and the call of each that is right. One that does not take them,
+    raises, writes over an input or is off is not to be timed."""
     calls: dict[str, Call] = {}
     verdicts: dict[str, Verdict] = {}
     upstream = as_tuple(inputs.upstream)
@@ -87,6 +87,9 @@ def judge(op: Op, inputs: Inputs, providers: list[Provider]) -> tuple[dict[str, 
     for function in dict.fromkeys(p.function for p in providers):
         truth = op.truths[function](inputs) if op.truth_of_call is None else {}
         for p in (p for p in providers if p.function == function):
+            if limit := p.limit(inputs):
+                verdicts[p.name] = Verdict("skipped", limit)
+                continue
             begin = time.perf_counter()
             try:
                 calls[p.name] = p.make()

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import functional as FF
 from .. import reference
 from .operation import Call, Inputs, Op, Provider, random_tensors, row_blocks
-from .providers import fused, liger_unavailable, package, with_providers
+from .providers import fused, package, takes, with_providers
 from .shapes import (
     LINEAR_QUICK_SHAPES,
     LINEAR_SHAPES,
@@ -128,28 +128,40 @@ def linear_truth(ticks: float, inputs: Inputs) -> dict[str, Tensor]:
     return {"y": y / x.shape[0], "dx": dx, "dw": dw}
 
 
-def _first(function: type[torch.autograd.Function], *args: object) -> Tensor:
-    """Liger's functions return the loss first, and with it what else was asked for."""
-    out = function.apply(*args)
-    return out[0] if isinstance(out, tuple) else out
+def _with_grad_mode(call: Call) -> Call:
+    """Without grad, x requires none either, as in an evaluation: these functions ask the tensor and not the mode."""
+    return lambda x, *others: call(x if torch.is_grad_enabled() else x.detach(), *others)
 
 
 def _liger_cross_entropy() -> Call:
-    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
+    from liger_kernel.ops import LigerCrossEntropyFunction
 
-    return lambda x, target: _first(LigerCrossEntropyFunction, x, target, None)
+    # Of what it returns the loss is the first; None are class weights.
+    return _with_grad_mode(lambda x, target: LigerCrossEntropyFunction.apply(x, target, None)[0])
 
 
 def _liger_linear() -> Call:
-    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+    from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction
 
-    return lambda x, w, target: _first(LigerFusedLinearCrossEntropyFunction, x, w, target)
+    return _with_grad_mode(lambda x, w, target: LigerFusedLinearCrossEntropyFunction.apply(x, w, target)[0])
+
+
+def _quack_cross_entropy(**options: object) -> Call:
+    from quack.cross_entropy import cross_entropy
+
+    return partial(cross_entropy, **options)
+
+
+def _quack_linear() -> Call:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return chunked_linear_cross_entropy
 
 
 def _cut(**options: object) -> Call:
     from cut_cross_entropy import linear_cross_entropy
 
-    return partial(linear_cross_entropy, **options)
+    return _with_grad_mode(partial(linear_cross_entropy, **options))
 
 
 def _torch_linear(chunked: bool) -> Call:
@@ -162,8 +174,9 @@ def _torch_linear_unavailable(device: torch.device) -> str | None:
     return None if has else f"torch {torch.__version__} has no linear_cross_entropy; 2.13 has"
 
 
-def _ce(name: str, make: Callable[[], Call], unavailable=lambda device: None, overwrites=()) -> Provider:
-    return Provider(f"ce:{name}", make, unavailable, function=CE, overwrites=overwrites)
+def _ce(name: str, make: Callable[[], Call], *checks: Callable[..., str | None], overwrites=()) -> Provider:
+    """``checks`` are the provider's ``unavailable`` and ``limit``."""
+    return Provider(f"ce:{name}", make, *checks, function=CE, overwrites=overwrites)
 
 
 def _fused_ticks(x: Tensor, target: Tensor, **options: object) -> Tensor:
@@ -190,14 +203,30 @@ TICKS = with_providers(
         quick_shapes=LOSS_QUICK_SHAPES,
         sweeps=LOSS_SWEEPS,
         note=f"logits (M, V); torch is -lp + {TICKS_WEIGHT}*(lp.exp() - lp) of log_softmax in the logits' dtype,"
-        f" torch:float the same of fp32 copies; {_CE_NOTE}; ce:liger and fused:inplace write the gradient over logits"
-        " (ce:liger in forward already)",
+        f" torch:float the same of fp32 copies; {_CE_NOTE}; ce:liger, ce:quack-inplace and fused:inplace write the"
+        " gradient over logits (ce:liger in forward already)",
     ),
     "ticks",
     (
         _in_fp32(lambda x, target: ticks_formula(x.float(), target)),
         _ce("torch", lambda: F.cross_entropy),
-        _ce("liger", _liger_cross_entropy, liger_unavailable, overwrites=("x",)),
+        _ce(
+            "liger",
+            _liger_cross_entropy,
+            package("liger-kernel", "liger_kernel.ops:LigerCrossEntropyFunction"),
+            takes(),
+            overwrites=("x",),
+        ),
+        *(
+            _ce(
+                name,
+                partial(_quack_cross_entropy, **options),
+                package("quack-kernels", "quack.cross_entropy:cross_entropy"),
+                takes(),
+                overwrites=("x",) if options else (),
+            )
+            for name, options in (("quack", {}), ("quack-inplace", {"inplace_backward": True}))
+        ),
         fused("fused:inplace", "auto", partial(_fused_ticks, inplace_backward=True), "ticks", overwrites=("x",)),
     ),
 )
@@ -229,13 +258,29 @@ LINEAR_TICKS = with_providers(
         _ce("torch", lambda: lambda x, w, target: F.cross_entropy(F.linear(x, w), target)),
         _ce("torch-linear", partial(_torch_linear, False), _torch_linear_unavailable),
         _ce("torch-chunked", partial(_torch_linear, True), _torch_linear_unavailable),
-        _ce("liger", _liger_linear, liger_unavailable),
+        _ce(
+            "liger",
+            _liger_linear,
+            package("liger-kernel", "liger_kernel.ops:LigerFusedLinearCrossEntropyFunction"),
+            takes(),
+        ),
+        _ce(
+            "quack",
+            _quack_linear,
+            package("quack-kernels", "quack.linear_cross_entropy:chunked_linear_cross_entropy"),
+            takes("bf16", "fp16", multiple=8),
+        ),
         *(
-            _ce(name, partial(_cut, **options), package("cut_cross_entropy", "cut-cross-entropy", gpu_only))
-            for name, gpu_only, options in (  # by default, "cce" leaves out gradients below a threshold
-                ("cut", True, {"impl": "cce"}),
-                ("cut-exact", True, {"impl": "cce", "filter_eps": None}),
-                ("cut-compile", False, {"impl": "torch_compile"}),
+            _ce(
+                name,
+                partial(_cut, **options),
+                package("cut-cross-entropy", "cut_cross_entropy:linear_cross_entropy", gpu_only=gpu_only),
+                takes(*dtypes),
+            )
+            for name, gpu_only, dtypes, options in (  # by default, "cce" leaves out gradients below a threshold
+                ("cut", True, ("bf16", "fp16"), {"impl": "cce"}),
+                ("cut-exact", True, ("bf16", "fp16"), {"impl": "cce", "filter_eps": None}),
+                ("cut-compile", False, (), {"impl": "torch_compile"}),
             )
         ),
     ),

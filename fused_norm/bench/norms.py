@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import functional as FF
 from ..testing import norm_truth
 from .operation import Call, Inputs, Op, Provider, random_tensors, row_blocks
-from .providers import liger_unavailable, with_providers
+from .providers import package, takes, with_providers
 from .shapes import NORM_QUICK_SHAPES, NORM_SHAPES, NORM_SWEEPS, Shape
 
 EPS = {False: 1e-5, True: 1e-6}
@@ -68,13 +68,116 @@ def rms_norm(namespace: object, x: Tensor, w: Tensor, b: None = None) -> Tensor:
 
 def _liger(rms: bool) -> Call:
     if rms:
-        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+        from liger_kernel.ops import LigerRMSNormFunction
 
         # "gemma" computes in fp32 and rounds once, as torch does; in_place=True would write dx over dy.
         return lambda x, w, b: LigerRMSNormFunction.apply(x, w, EPS[True], 0.0, "gemma", False)
-    from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+    from liger_kernel.ops import LigerLayerNormFunction
 
     return lambda x, w, b: LigerLayerNormFunction.apply(x, w, b, EPS[False])
+
+
+def _quack_rms_norm() -> Call:
+    from quack.rmsnorm import rmsnorm
+
+    return lambda x, w, b: rmsnorm(x, w, eps=EPS[True])
+
+
+def _quack_layer_norm() -> Call:
+    """QuACK has the two kernels, and no function of autograd's around them. Its forward takes fp32 parameters: they are
+    converted once, as a model that used it would hold them."""
+    from quack.rmsnorm import layernorm_bwd, layernorm_fwd
+
+    in_fp32 = lru_cache(maxsize=2)(lambda parameter: parameter.detach().float())  # a tensor's hash is its identity
+
+    class LayerNorm(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, w, b):
+            y, rstd, mean = layernorm_fwd(x, in_fp32(w), in_fp32(b), EPS[False], return_rstd=True, return_mean=True)
+            ctx.save_for_backward(x, w, rstd, mean)
+            return y
+
+        @staticmethod
+        def backward(ctx, dy):
+            x, w, rstd, mean = ctx.saved_tensors
+            return layernorm_bwd(x, w, dy, rstd, mean)
+
+    def call(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return LayerNorm.apply(x, w, b)
+        return layernorm_fwd(x, in_fp32(w), in_fp32(b), EPS[False])
+
+    return call
+
+
+def _flash_attn(rms: bool) -> Call:
+    from flash_attn.ops.triton.layer_norm import layer_norm_fn, rms_norm_fn
+
+    norm = rms_norm_fn if rms else layer_norm_fn
+    return lambda x, w, b: norm(x, w, b, eps=EPS[rms])
+
+
+def _apex(rms: bool) -> Call:
+    from apex.normalization.fused_layer_norm import fused_layer_norm_affine, fused_rms_norm_affine
+
+    if rms:
+        return lambda x, w, b: fused_rms_norm_affine(x, w, x.shape[-1:], EPS[True])
+    return lambda x, w, b: fused_layer_norm_affine(x, w, b, x.shape[-1:], EPS[False])
+
+
+def _transformer_engine(rms: bool) -> Call:
+    from transformer_engine.pytorch import LayerNorm, RMSNorm
+
+    @lru_cache(maxsize=1)
+    def module(w: Tensor, b: Tensor | None) -> torch.nn.Module:
+        made = (RMSNorm if rms else LayerNorm)(w.shape[0], eps=EPS[rms], device=w.device, dtype=w.dtype)
+        # The case's own tensors in its parameters' place, so that gradients are theirs: assigning wants a Parameter.
+        made._parameters.update({"weight": w} if rms else {"weight": w, "bias": b})
+        return made
+
+    return lambda x, w, b: module(w, b)(x)
+
+
+FLASH_ATTN = package(
+    "flash-attn", "flash_attn.ops.triton.layer_norm:layer_norm_fn", "flash_attn.ops.triton.layer_norm:rms_norm_fn"
+)
+#: It holds a row in registers, of up to 64 KB.
+FLASH_ATTN_LIMIT = takes(row_bytes=65536)
+#: Of its norms of one block a row.
+LIGER_LIMIT = takes(columns=65536)
+
+
+def _peers(rms: bool) -> tuple[Provider, ...]:
+    title = "RMSNorm" if rms else "LayerNorm"
+    if rms:
+        quack = Provider("quack", _quack_rms_norm, package("quack-kernels", "quack.rmsnorm:rmsnorm"), takes())
+    else:
+        needs = ("quack.rmsnorm:layernorm_fwd", "quack.rmsnorm:layernorm_bwd")
+        quack = Provider("quack", _quack_layer_norm, package("quack-kernels", *needs), takes())
+    apex = f"apex.normalization.fused_layer_norm:fused_{'rms' if rms else 'layer'}_norm_affine"
+    return (
+        Provider(
+            "liger",
+            partial(_liger, rms),
+            package("liger-kernel", f"liger_kernel.ops:Liger{title}Function"),
+            LIGER_LIMIT,
+        ),
+        quack,
+        Provider("flash-attn", partial(_flash_attn, rms), FLASH_ATTN, FLASH_ATTN_LIMIT),
+        Provider(
+            "apex",
+            partial(_apex, rms),
+            package("apex", apex, "fused_layer_norm_cuda"),
+            takes("fp32", "bf16", "fp16", "fp64"),
+        ),
+        Provider(
+            "transformer-engine",
+            partial(_transformer_engine, rms),
+            package("transformer-engine", f"transformer_engine.pytorch:{title}"),
+            takes(),
+            one_backward="frees what it saved in backward, so that one graph has one backward",
+        ),
+    )
 
 
 def _op(name: str, rms: bool, call: Call) -> Op:
@@ -91,7 +194,7 @@ def _op(name: str, rms: bool, call: Call) -> Op:
         quick_shapes=NORM_QUICK_SHAPES,
         sweeps=NORM_SWEEPS,
     )
-    return with_providers(op, "norm", (Provider("liger", partial(_liger, rms), liger_unavailable),))
+    return with_providers(op, "norm", _peers(rms))
 
 
 LAYER_NORM = _op("layer_norm", False, layer_norm)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .shapes import Shape, Shapes
 
-#: Takes one case's tensors in the order of `Inputs.tensors`, gives the output, or several.
-Call = Callable[..., Tensor | tuple[Tensor, ...]]
+#: Takes one case's tensors in the order of `Inputs.tensors`, gives the output, or several: None for one that it need
+#: not give, since no gradient reaches it.
+Call = Callable[..., Tensor | tuple[Tensor | None, ...]]
 
 #: A gradient for the output, or one for each, None where none reaches it.
 Upstream = Tensor | tuple[Tensor | None, ...]
@@ -86,19 +87,23 @@ def gradients(
 @dataclass(frozen=True)
 class Provider:
     """``make()`` is called once for each case and gives the call; ``context()`` is entered around its calls, outside
-    the timed region; ``unavailable(device)`` gives None, or the reason it cannot run there.
+    the timed region; ``unavailable(device)`` gives None, or the reason it cannot run there; ``limit(inputs)`` None, or
+    the reason it does not take this case.
 
     ``function`` names the entry of `Op.truths` by which it is judged: empty for the operation itself. ``overwrites``
     names the inputs that it is known to write over: it is given copies of its own, made outside the timed region.
+    ``one_backward`` tells why a graph of it has one backward alone, if so: the pass "backward" takes many.
     ``dtypes`` are those in which it is another than the rest, None for all.
     """
 
     name: str
     make: Callable[[], Call]
     unavailable: Callable[[torch.device], str | None] = lambda device: None
+    limit: Callable[[Inputs], str | None] = lambda inputs: None
     context: Callable[[], AbstractContextManager] = nullcontext
     function: str = ""
     overwrites: tuple[str, ...] = ()
+    one_backward: str = ""
     dtypes: tuple[torch.dtype, ...] | None = None
 
     def takes(self, dtype: torch.dtype) -> bool:
