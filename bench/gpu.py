@@ -173,7 +173,7 @@ def sanitize_steps() -> list[Step]:
 def bench_steps(out: Path) -> list[Step]:
     steps = []
     for name, (op, seconds) in BENCHES.items():
-        options = ("--device", "cuda", "--op", op, "--seconds", str(seconds), "--output", str(out / f"{name}.csv"))
+        options = ("--device", "cuda", "--op", op, "--seconds", str(seconds), "--output", str(out / f"{name}.jsonl"))
         steps.append(Step(name, python("bench/run.py", *options)))
     return steps
 

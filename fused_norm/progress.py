@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from typing import TextIO
 
 BAR = 20
@@ -25,6 +26,7 @@ class Progress:
         self.terminal = self.stream.isatty()
         self.done, self.start, self.spoke = 0, time.perf_counter(), -float("inf")
         self.what = ""
+        self.noted = 0  # lines of the terminal that notes have taken
 
     def seconds(self) -> float:
         return time.perf_counter() - self.start
@@ -35,28 +37,38 @@ class Progress:
         if self.terminal:
             self._draw()
 
-    def step(self, what: str) -> None:
-        """One more is done."""
+    def step(self, what: str, rows: Sequence[str] = ()) -> None:
+        """One more is done. ``rows`` are lines that stay, headed by ``what``."""
         self.done += 1
         now = self.seconds()
         if self.terminal:
             self.what = what
-            self._draw()
-        elif now - self.spoke >= self.quiet_seconds or self.done == self.total:
+            if rows:
+                self.note("\n".join((what, *rows)))
+            else:
+                self._draw()
+        elif rows or now - self.spoke >= self.quiet_seconds or self.done == self.total:
             self.spoke = now
-            print(f"[{self.done}/{self.total} {now:.0f} s] {what}", file=self.stream, flush=True)
+            print(f"[{self.done}/{self.total} {now:.0f} s] {what}", *rows, sep="\n", file=self.stream, flush=True)
 
     def note(self, text: str) -> None:
-        """A line that stays, above the one that changes."""
+        """Lines that stay, above the one that changes."""
         self.close()
         print(text, file=self.stream, flush=True)
         if self.terminal:
+            self.noted += sum(1 + max(0, len(line) - 1) // self._width() for line in text.split("\n"))
             self._draw()
 
     def close(self) -> None:
         """Take the changing line away."""
         if self.terminal:
             print("\r" + " " * (self._width() - 1) + "\r", end="", file=self.stream, flush=True)
+
+    def erase_notes(self) -> None:
+        """Take the notes away too, if all of them are still on the screen: what follows says the same better."""
+        self.close()
+        if self.terminal and 0 < self.noted < shutil.get_terminal_size().lines:
+            print(f"\x1b[{self.noted}F\x1b[J", end="", file=self.stream, flush=True)
 
     @staticmethod
     def _width() -> int:

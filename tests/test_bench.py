@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import fused_norm
-from fused_norm.bench import gate, losses, main, memory, norms, operation, providers, run, timing
+from fused_norm.bench import gate, losses, main, memory, operation, providers, results, run, timing
 from fused_norm.bench.cases import GROUPS, OPS
 from fused_norm.bench.operation import PASSES, Provider
 
@@ -29,15 +30,17 @@ ADD_NORMS = [op for op in OPS.values() if op.group == "add-norms"]
 SHAPE = {"ticks_cross_entropy": (12, 33), "linear_ticks_cross_entropy": (12, 33, 7)}
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+def lines_of(text: str, kind: str) -> list[dict]:
+    return [line for line in map(json.loads, text.splitlines()) if line["kind"] == kind]
 
 
-def bench(tmp_path: Path, *argv: str) -> tuple[int, list[dict[str, str]], dict]:
-    out = tmp_path / "result.csv"
+def bench(tmp_path: Path, *argv: str) -> tuple[int, list[dict], dict]:
+    """The exit status, the file's rows and its last environment, with whether it has come to its end."""
+    out = tmp_path / "result.jsonl"
     status = main([*TINY, "--output", str(out), *argv])
-    return status, rows_of(out), json.loads(out.with_suffix(".json").read_text())
+    text = out.read_text()
+    environment = lines_of(text, "environment")[-1]
+    return status, lines_of(text, "row"), environment | {"finished": results.read(out).finished}
 
 
 @pytest.fixture(autouse=True)
@@ -105,10 +108,10 @@ def test_a_row_reports_these_bytes_over_its_median(tmp_path):
     assert [r["pass"] for r in rows] == list(PASSES)
     for r in rows:
         moved = OPS["layer_norm"].bytes_moved(r["pass"], (6, 8), torch.bfloat16)
-        assert float(r["gb_s"]) == pytest.approx(moved / float(r["ms"]) / 1e6, rel=1e-4)
-        assert float(r["vs_copy"]) == pytest.approx(float(r["gb_s"]) / float(r["copy_gb_s"]), rel=1e-4)
-        assert float(r["p20_ms"]) <= float(r["ms"]) <= float(r["p80_ms"])
-        assert float(r["vs_torch"]) == 1 and int(r["rounds"]) >= timing.MIN_ROUNDS
+        assert r["gb_s"] == pytest.approx(moved / r["ms"] / 1e6)
+        assert r["vs_copy"] == pytest.approx(r["gb_s"] / r["copy_gb_s"])
+        assert r["p20_ms"] <= r["ms"] <= r["p80_ms"]
+        assert r["vs_torch"] == r["vs_torch_p20"] == r["vs_torch_p80"] == 1 and r["rounds"] >= timing.MIN_ROUNDS
 
 
 # ------------------------------------------------------------------------------------------------------------- timing
@@ -176,6 +179,108 @@ def test_a_contender_that_fails_does_not_take_the_others_along():
 def test_quantiles():
     samples = timing.Samples([5.0, 1.0, 3.0, 2.0, 4.0])
     assert samples.median == 3 and [samples.quantile(q) for q in (0, 0.2, 0.8, 1)] == pytest.approx([1, 1.8, 4.2, 5])
+
+
+def test_ratios_are_taken_round_by_round():
+    ours, theirs = timing.Samples([1.0, 2.0, 4.0]), timing.Samples([2.0, 8.0, 4.0])
+    assert ours.ratios(theirs) == [2.0, 4.0, 1.0]
+
+
+def test_the_ratio_and_its_spread_in_a_row(tmp_path, monkeypatch):
+    """A machine that slows down twofold changes both times, and no ratio; the ratios' own spread shows."""
+
+    class Slowing(FakeClock):
+        def sample(self, call, host_s, into):
+            round_ = len(into.ms)
+            torch_s = [10.0, 20.0, 40.0, 80.0, 160.0][round_]
+            into.ms.append(torch_s if id(into) == self.first else torch_s / [1.0, 2.0, 3.0, 4.0, 5.0][round_])
+
+        def peak(self, call, held):
+            return memory.Peak(2, 1)
+
+    op = OPS["layer_norm"]
+    inputs = op.make_inputs((4, 8), torch.float32, CPU)
+    calls = {name: op.providers[name].make() for name in ("torch", "fused:reference")}
+    verdicts = dict.fromkeys(calls, gate.Verdict("ok"))
+    clock = Slowing()
+    time_group = timing.time_group
+
+    def noting_torch(contenders, clock, seconds):
+        samples = [timing.Samples() for _ in contenders]
+        clock.first = id(samples[1])  # after the copy
+        made = iter(samples)
+        monkeypatch.setattr(timing, "Samples", lambda: next(made))
+        return time_group(contenders, clock, seconds)
+
+    monkeypatch.setattr(timing, "time_group", noting_torch)
+    case = run.Case(op, "fp32", (4, 8), "warm")
+    _, ours = run.time_pass(case, "forward", inputs, calls, verdicts, clock, 0.0, dict.fromkeys(calls, 0.0))
+    assert (ours.vs_torch_p20, ours.vs_torch, ours.vs_torch_p80) == pytest.approx((1.8, 3.0, 4.2))
+    assert (ours.p20_ms, ours.ms) == pytest.approx((10.0, 40 / 3))
+
+
+class LoggedClock(timing.CpuClock):
+    """Writes down when it evicts."""
+
+    def __init__(self, cache, log):
+        super().__init__(cache)
+        self.log = log
+
+    def evict(self):
+        self.log.append("evict")
+        super().evict()
+
+
+def test_cold_evicts_before_each_call_and_warm_calls_once_before(monkeypatch):
+    monkeypatch.setattr(timing, "last_level_cache_bytes", lambda: 1 << 16)
+    log = []
+    clock = LoggedClock("cold", log)
+    assert clock.filler.nbytes == 2 << 16
+    clock.sample(lambda: log.append("call"), 1e-6, timing.Samples())
+    clock.sample(lambda: log.append("call"), 1e-6, timing.Samples())
+    assert log == ["evict", "call", "evict", "call"]
+    log.clear()
+    samples = timing.Samples()
+    LoggedClock("warm", log).sample(lambda: log.append("call"), timing.CPU_SAMPLE_S / 10, samples)
+    assert log == ["call"] * 11 and len(samples.ms) == 1
+
+
+def test_neither_eviction_nor_the_call_before_is_timed(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing, "last_level_cache_bytes", lambda: 1 << 16)
+    costs = iter([7.0, 2.0])  # of the calls, as they come
+
+    def call():
+        now[0] += next(costs)
+
+    warm = timing.Samples()
+    timing.CpuClock("warm").sample(call, 2.0, warm)
+    assert warm.ms == [2e3]
+    cold, clock = timing.Samples(), timing.CpuClock("cold")
+    monkeypatch.setattr(clock, "evict", lambda: now.__setitem__(0, now[0] + 50.0))
+    costs = iter([3.0])
+    clock.sample(call, 2.0, cold)
+    assert cold.ms == [3e3]
+
+
+def test_the_size_of_this_machines_caches():
+    size = timing.last_level_cache_bytes()
+    assert size is None or 1 << 18 <= size <= 1 << 36
+    assert timing.CpuClock("cold").filler.nbytes == 2 * (size or timing.CPU_CACHE_BYTES)
+
+
+def test_one_that_fails_in_the_midst_of_the_rounds_has_no_times():
+    calls = []
+
+    def fail_late():
+        calls.append(1)
+        if len(calls) > 5:
+            raise RuntimeError("out of memory")
+
+    contenders = [timing.Contender("bad", lambda: fail_late), timing.Contender("good", lambda: lambda: None)]
+    samples = timing.time_group(contenders, FakeClock(), 0.0)
+    assert str(samples["bad"].error) == "out of memory" and len(samples["good"].ms) == timing.MIN_ROUNDS
 
 
 def test_what_each_pass_times():
@@ -255,12 +360,11 @@ def test_memory_of_the_eager_formula(tmp_path):
     assert status == 0
     (r,) = (r for r in rows if r["pass"] == "forward+backward")
     logits = 30 * 4000 * 4
-    assert int(r["peak_bytes"]) == pytest.approx(3 * logits, rel=0.01)
-    assert int(r["peak_bytes"]) - int(r["extra_bytes"]) == logits
-    assert float(r["peak_vs_torch"]) == float(r["extra_vs_torch"]) == 1
+    assert r["peak_bytes"] == pytest.approx(3 * logits, rel=0.01)
+    assert r["peak_bytes"] - r["extra_bytes"] == logits
+    assert r["peak_vs_torch"] == r["extra_vs_torch"] == 1
     (r,) = (r for r in rows if r["pass"] == "forward-nograd")
-    assert int(r["peak_bytes"]) == pytest.approx(logits, rel=0.01)
-    assert "ticks_cross_entropy forward+backward fp32: memory" in (tmp_path / "result.txt").read_text()
+    assert r["peak_bytes"] == pytest.approx(logits, rel=0.01)
 
 
 # --------------------------------------------------------------------------------------------------------------- gate
@@ -458,10 +562,8 @@ def test_one_that_is_known_to_write_over_its_input_gets_a_copy(tmp_path, plant):
     assert judge_among(op, inputs, told).status == "ok" and torch.equal(inputs.x.detach(), before)
     calls, untimed = {"planted": Inplace.apply}, {"planted": 0.0}
     plant("planted", Inplace.apply, (op,), overwrites=("x",))
-    shape, clock = SHAPE[op.name], FakeClock()
-    run.time_pass(
-        op, "forward+backward", "fp32", shape, inputs, calls, {"planted": gate.Verdict("ok")}, clock, 0.0, untimed
-    )
+    case, clock = run.Case(op, "fp32", SHAPE[op.name], "warm"), FakeClock()
+    run.time_pass(case, "forward+backward", inputs, calls, {"planted": gate.Verdict("ok")}, clock, 0.0, untimed)
     assert len(clock.log) == 2 * timing.MIN_ROUNDS and torch.equal(inputs.x.detach(), before)
     plant("inplace", Inplace.apply, (op,), overwrites=("x",))
     _, rows, _ = bench(
@@ -503,9 +605,13 @@ def test_a_wrong_provider_is_shown_as_wrong_and_not_timed(tmp_path, plant, capsy
     status, rows, _ = bench(tmp_path, "--op", "layer_norm", "--dtype", "fp32", "--provider", "torch,fused:wrong")
     assert status == 1
     wrong = [r for r in rows if r["provider"] == "fused:wrong"]
-    assert [(r["status"], r["pass"], r["ms"]) for r in wrong] == [("wrong", "all", "")]
-    assert float(wrong[0]["err_y"]) > 1e-3
-    assert "fused:wrong: wrong in layer_norm all fp32 6x8: y: error" in capsys.readouterr().out
+    assert [(r["status"], r["pass"], r["ms"]) for r in wrong] == [("wrong", "all", None)]
+    assert wrong[0]["err_y"] > 1e-3
+    printed = capsys.readouterr()
+    assert "fused:wrong: wrong in layer_norm all fp32 6x8: y: error" in printed.out
+    assert re.search(r"^ +fused:wrong +wrong: y: error", printed.err, re.MULTILINE)
+    # In the table it stands beside the others, without numbers.
+    assert len(re.findall(r"^ +torch +\d.*\n +fused:wrong +wrong$", printed.out, re.MULTILINE)) == len(PASSES)
 
 
 def test_another_ones_failure_is_told_but_does_not_fail_the_run(tmp_path, plant):
@@ -525,7 +631,7 @@ def test_a_skipped_provider_says_why(tmp_path, plant, capsys):
     assert printed.count("skipped: absent: not on cpu") == 1 and "absent: skipped (and 1 more): not on cpu" in printed
 
 
-def test_csv_environment_and_table(tmp_path, capsys):
+def test_lines_and_environment(tmp_path):
     status, rows, env = bench(tmp_path, "--provider", "torch,fused:reference", "--pass", "forward,backward")
     assert status == 0 and env["finished"] is True
     keys = [(r["op"], r["pass"], r["dtype"], r["provider"]) for r in rows]
@@ -536,45 +642,189 @@ def test_csv_environment_and_table(tmp_path, capsys):
         ("torch", "fused:reference"),
     )
     assert keys == [(o, p, d, n) for o in ops for d in dtypes for p in passes for n in names]
-    assert {r["status"] for r in rows} == {"ok"} and all(float(r["ms"]) > 0 for r in rows)
+    assert {(r["status"], r["cache"], r["m"], r["n"], r["h"]) for r in rows} == {("ok", "warm", 6, 8, None)}
+    assert all(r["ms"] > 0 for r in rows)
     assert env["device"]["type"] == "cpu" and env["device"]["name"] and env["versions"]["torch"] == torch.__version__
-    assert env["threads"] == torch.get_num_threads() and "--pass forward,backward" in env["command"]
-    assert {"date", "commit", "variables", "load"} <= set(env)
-    assert len(env["rows"]) == len(rows)
-    for row, line in zip(env["rows"], rows, strict=True):
-        assert list(row) == list(line)
-        for key, value in row.items():
-            same = line[key] == "" if value is None else line[key] == f"{value:.6g}" if type(value) is float else None
-            assert same if same is not None else str(value) == line[key]
-    table = (tmp_path / "result.txt").read_text()
-    assert "layer_norm backward bf16" in table and "geomean" in table and table.strip() in capsys.readouterr().out
+    assert env["threads"] == torch.get_num_threads()
+    assert env["command"].startswith("python -m fused_norm bench") and "--pass forward,backward" in env["command"]
+    assert {"date", "commit", "uncommitted_changes", "variables", "load", "providers"} <= set(env)
+    lines = [json.loads(line) for line in (tmp_path / "result.jsonl").read_text().splitlines()]
+    assert [line["kind"] for line in lines] == ["environment", *["row"] * len(rows), "end"]
+    assert lines[-1]["seconds"] > 0
+    assert [r.to_json() for r in results.read(tmp_path / "result.jsonl").rows] == rows
 
 
-def test_an_interrupted_run_keeps_its_rows(tmp_path, plant, capsys):
+@pytest.fixture
+def slow(plant):
+    """A provider that is called once for the cases of each number of rows, which it lists, and may be interrupted."""
     seen = []
 
     def call(x, w, b):
-        # Interrupted in the second case, while the rows of the first must be on disk already.
-        if x.shape[0] == 7:
-            seen.extend(rows_of(tmp_path / "result.csv"))
+        if seen[-1:] != [x.shape[0]]:
+            seen.append(x.shape[0])
+        if x.shape[0] == slow.interrupted_at:
             raise KeyboardInterrupt
         return F.layer_norm(x, x.shape[-1:], w, b)
 
+    slow = types.SimpleNamespace(seen=seen, interrupted_at=None)
     plant("slow", call)
-    status, rows, env = bench(
-        tmp_path, "--op", "layer_norm", "--dtype", "fp32", "--shapes", "6x8,7x8", "--provider", "torch,slow"
-    )
+    return slow
+
+
+TWO = ("--op", "layer_norm", "--dtype", "fp32", "--shapes", "6x8,7x8", "--provider", "torch,slow")
+
+
+def test_an_interrupted_run_keeps_its_rows_and_goes_on(tmp_path, slow, capsys):
+    slow.interrupted_at = 7
+    status, rows, env = bench(tmp_path, *TWO)
     assert status == run.INTERRUPTED and env["finished"] is False
-    assert len(rows) == len(seen) == 2 * len(PASSES) and {r["m"] for r in rows} == {"6"}
+    assert len(rows) == 2 * len(PASSES) and {r["m"] for r in rows} == {6}
     printed = capsys.readouterr().out
     assert "layer_norm forward fp32" in printed and "Interrupted: the 8 rows" in printed
+    assert f"4 passes are left: the same command with --output {tmp_path / 'result.jsonl'} goes on" in printed
+    slow.interrupted_at = None
+    slow.seen.clear()
+    before = (tmp_path / "result.jsonl").read_text()
+    status, after, env = bench(tmp_path, *TWO)
+    assert status == 0 and env["finished"] is True and slow.seen == [7]
+    assert after[:8] == rows and {r["m"] for r in after[8:]} == {7} and len(after) == 4 * len(PASSES)
+    text = (tmp_path / "result.jsonl").read_text()
+    assert text.startswith(before) and len(lines_of(text, "environment")) == 2
+    assert "geomean" in (tmp_path / "result.txt").read_text()
+    # All is there: nothing runs, and the file stays as it is.
+    slow.seen.clear()
+    status, _, _ = bench(tmp_path, *TWO)
+    assert status == 0 and not slow.seen and (tmp_path / "result.jsonl").read_text() == text
+
+
+def test_a_file_cut_short_in_the_midst_of_a_line_goes_on(tmp_path, slow):
+    """What a kill leaves: the line is measured anew, with torch beside it, which keeps the row that it has."""
+    _, rows, _ = bench(tmp_path, *TWO)
+    out = tmp_path / "result.jsonl"
+    lines = out.read_bytes().split(b"\n")
+    assert b'"slow"' in lines[6]  # the environment, then the third pass's second row
+    out.write_bytes(b"\n".join(lines[:6]) + b"\n" + lines[6][:50])
+    run_ = results.read(out)
+    assert len(run_.rows) == 5 and run_.finished is False
+    slow.seen.clear()
+    status, after, env = bench(tmp_path, *TWO)
+    assert status == 0 and env["finished"] is True and slow.seen == [6, 7]
+    key = ("pass", "m", "provider")
+    assert [[r[k] for k in key] for r in after] == [[r[k] for k in key] for r in rows]
+    assert after[:5] == rows[:5] and after[5]["ms"] != rows[5]["ms"] and after[5]["vs_torch"] > 0
+    assert all(json.loads(line) for line in out.read_text().splitlines())
+
+
+def test_a_provider_more_joins_a_file_and_the_baseline_runs_beside_it(tmp_path, slow):
+    _, rows, _ = bench(tmp_path, *TWO[:-1], "torch")
+    _, after, env = bench(tmp_path, *TWO)
+    assert env["finished"] and after[: len(rows)] == rows
+    assert {r["provider"] for r in after[len(rows) :]} == {"slow"} and len(after) == 2 * len(rows)
+    assert all(r["vs_torch"] > 0 and r["rounds"] >= timing.MIN_ROUNDS for r in after[len(rows) :])
+
+
+def test_cache_modes_stand_in_one_file_side_by_side(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "last_level_cache_bytes", lambda: 4096)
+    argv = ("--op", "rms_norm", "--dtype", "fp32", "--provider", "torch", "--pass", "forward")
+    bench(tmp_path, *argv)
+    _, rows, _ = bench(tmp_path, *argv, "--cache", "cold")
+    assert [r["cache"] for r in rows] == ["warm", "cold"]
+    text = (tmp_path / "result.txt").read_text()
+    assert "rms_norm forward fp32, warm caches" in text and "rms_norm forward fp32, cold caches" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"threads": 64}, "threads: 64 there, 1 here"),
+        ({"commit": "abc"}, "commit: abc there, "),
+        ({"device": {"type": "cpu", "name": "Other CPU", "isa": "AVX9"}}, "device.name: Other CPU there, "),
+        ({"versions": {"torch": "1.0"}}, f"versions.torch: 1.0 there, {torch.__version__} here"),
+        ({"variables": {"OMP_FAST": "1"}}, "variables.OMP_FAST: 1 there, None here"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_rows_of_other_conditions_are_not_mixed(tmp_path, capsys, monkeypatch, change, said):
+    collect = run.environment.collect
+    argv = ("--op", "rms_norm", "--dtype", "fp32", "--provider", "torch", "--pass", "forward")
+    monkeypatch.setattr(run.environment, "collect", lambda *a: collect(*a) | change)
+    bench(tmp_path, *argv)
+    monkeypatch.setattr(run.environment, "collect", collect)
+    before = (tmp_path / "result.jsonl").read_text()
+    capsys.readouterr()
+    status, _, _ = bench(tmp_path, *argv, "--shapes", "9x9")
+    assert status == 2 and (tmp_path / "result.jsonl").read_text() == before
+    printed = capsys.readouterr()
+    assert said in printed.err and "Give another --output, or delete that file" in printed.err and not printed.out
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("op,ms\nlayer_norm,1\n", "line 1, is no line of benchmark results"),
+        ('{"kind": "environment"}\n{"kind": "other"}\n', "line 2, is no line of benchmark results"),
+        ('{"kind": "row", "op": "layer_norm"}\n', "line 1, is no line"),
+        ("precious", "line 1, is no line"),
+    ],
+)
+def test_what_is_no_results_file_is_left_alone(tmp_path, capsys, content, said):
+    out = tmp_path / "result.jsonl"
+    out.write_text(content)
+    assert main([*TINY, "--output", str(out)]) == 2
+    assert out.read_text() == content and said in capsys.readouterr().err
+
+
+def test_json_prints_the_files_lines_and_nothing_else(tmp_path, slow, capsys):
+    for interrupted_at in (7, None, None):
+        slow.interrupted_at = interrupted_at
+        bench(tmp_path, *TWO, "--json")
+        printed = capsys.readouterr()
+        assert printed.out == (tmp_path / "result.jsonl").read_text()
+        assert "rows go to" in printed.err
+        assert ("goes on" in printed.err) == (interrupted_at is not None)
+    assert len(lines_of(printed.out, "row")) == 4 * len(PASSES)
+
+
+def test_json_has_no_infinity(tmp_path, plant):
+    plant("other", lambda x, w, b: F.rms_norm(x, x.shape[-1:], w, 1e-6) * float("nan"))
+    _, rows, _ = bench(tmp_path, "--op", "rms_norm", "--dtype", "fp32", "--provider", "torch,other")
+    assert "NaN" not in (tmp_path / "result.jsonl").read_text()
+    (r,) = (r for r in rows if r["provider"] == "other")
+    assert (r["status"], r["err_y"]) == ("wrong", None) and "y: error inf" in r["reason"]
+
+
+def test_ctrl_c_in_a_process_of_its_own(tmp_path):
+    """Rows stay, the table is printed, the status is 130, and the same command goes on."""
+    out = tmp_path / "a.jsonl"
+    shapes = ",".join(f"{64 + i}x64" for i in range(12))
+    argv = ["--op", "layer_norm", "--dtype", "fp32", "--shapes", shapes, "--provider", "torch"]
+    command = [sys.executable, str(ROOT / "bench" / "run.py"), *argv, "--device", "cpu", "--threads", "1"]
+    command += ["--output", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (out.exists() and lines_of_whole(out, "row")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == run.INTERRUPTED, stderr
+    rows = len(results.read(out).rows)
+    assert 1 <= rows < 48 and f"Interrupted: the {rows} rows made so far are in {out}." in stdout
+    assert "layer_norm forward fp32, warm caches" in stdout and "Traceback" not in stderr
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and f"{rows} rows are there already, {48 - rows} passes are left" in done.stdout
+    found = results.read(out)
+    assert found.finished and len(found.rows) == 48 and len(found.environments) == 2
+
+
+def lines_of_whole(path: Path, kind: str) -> list[dict]:
+    return lines_of(path.read_text().rpartition("\n")[0], kind)
 
 
 def test_what_the_time_did_not_suffice_for_is_told(tmp_path, capsys):
     argv = ("--op", "rms_norm", "--dtype", "fp32", "--provider", "torch")
     status, rows, env = bench(tmp_path, *argv, "--shapes", "6x8,7x8", "--seconds", "1e-9")
     assert status == 0 and rows == [] and env["finished"] is False
-    assert "with 2 cases" in capsys.readouterr().out
+    assert "The 0 s were spent. 8 passes are left: the same command with --output" in capsys.readouterr().out
 
 
 def test_the_time_is_shared_by_what_cases_of_an_operation_needed(monkeypatch):
@@ -595,6 +845,8 @@ def test_the_time_is_shared_by_what_cases_of_an_operation_needed(monkeypatch):
     budget.next_case(None)
     clock[0] = 120.0
     assert budget.next_group() == 0 and budget.spent()
+    unlimited = run.Budget(None, [("small", 2)])
+    assert unlimited.next_group() == run.PASS_S and not unlimited.spent() and not unlimited.too_much(1e9)
 
 
 @pytest.mark.parametrize("name", ["compiler", "fused:slow"])
@@ -612,15 +864,16 @@ def test_one_that_compiles_for_too_long_is_left_out_from_then_on_unless_ours(tmp
     _, rows, env = bench(tmp_path, *argv, "--seconds", "2.4")
     rows = [r for r in rows if r["provider"] == name]
     if OPS["rms_norm"].providers[name].ours:
-        assert {r["status"] for r in rows} == {"ok"} and {r["m"] for r in rows} >= {"6", "7"}
+        assert {r["status"] for r in rows} == {"ok"} and {r["m"] for r in rows} >= {6, 7}
         return
-    assert [(r["m"], r["status"]) for r in rows] == [("6", "ok")] * len(PASSES) + [("7", "skipped")]
-    assert "its first calls took 1 of 2 s" in rows[-1]["reason"]
-    assert env["finished"] is True
+    assert [(r["m"], r["status"]) for r in rows] == [(6, "ok")] * len(PASSES) + [(None, "skipped")]
+    assert "left out from rms_norm fp32 7x8 on: its first calls took 1 of 2 s" in rows[-1]["reason"]
+    assert env["finished"] is False  # it may have its turn in a run that goes on
 
 
 def cases_of(*argv: str) -> list[tuple[str, str, tuple[int, ...]]]:
-    return [(op.name, dtype, shape) for op, dtype, shape in run.grid(run.parse([*argv, "--device", "cpu"]))]
+    cases = run.grid(run.parse([*argv, "--device", "cpu"]))
+    return [(case.op.name, case.dtype, case.shape) for case in cases]
 
 
 def test_shapes_from_m_and_n_and_the_tables():
@@ -629,9 +882,14 @@ def test_shapes_from_m_and_n_and_the_tables():
 
     assert shapes("--m", "2,3", "--n", "8") == [(2, 8), (3, 8)]
     assert shapes("--n", "8") == [(4096, 8)]
-    assert shapes() == list(norms.SHAPES["cpu"])
-    assert {dtype for _, dtype, _ in cases_of("--quick")} == {"fp32"}
-    assert {dtype for _, dtype, _ in cases_of("--quick", "--dtype", "bf16")} == {"bf16"}
+    assert shapes() == list(OPS["rms_norm"].shapes["cpu"])
+    op = OPS["rms_norm"]
+    assert shapes("--shapes", "quick") == list(op.quick_shapes["cpu"])
+    assert shapes("--shapes", "models,6x8,6x8") == [*op.sweeps["models"]["cpu"], (6, 8)]
+    sweeps = [shape for sweep in op.sweeps.values() for shape in sweep["cpu"]]
+    everything = {*op.shapes["cpu"], *op.quick_shapes["cpu"], *sweeps}
+    assert set(shapes("--shapes", "all")) == everything
+    assert len(shapes("--shapes", "all")) == len(everything)
 
 
 def test_cases_go_shape_by_shape_and_each_operation_takes_those_it_has():
@@ -668,10 +926,10 @@ def test_one_that_is_the_same_as_another_in_some_dtypes_runs_in_the_rest_alone(t
     )
     status, rows, _ = bench(tmp_path, *argv, "--dtype", "fp32,bf16")
     assert status == 0 and {r["status"] for r in rows} == {"ok"}
-    runs = {(r["op"], r["dtype"]): int(r["peak_bytes"]) for r in rows if r["provider"] == "torch:float"}
+    runs = {(r["op"], r["dtype"]): r["peak_bytes"] for r in rows if r["provider"] == "torch:float"}
     assert set(runs) == {(op.name, "bf16") for op in LOSSES}
     in_bf16 = next(r for r in rows if (r["op"], r["dtype"], r["provider"]) == (LOSSES[0].name, "bf16", "torch"))
-    assert runs[LOSSES[0].name, "bf16"] > 1.3 * int(in_bf16["peak_bytes"])  # there are copies in fp32
+    assert runs[LOSSES[0].name, "bf16"] > 1.3 * in_bf16["peak_bytes"]  # there are copies in fp32
 
 
 def test_both_losses_run(tmp_path, capsys):
@@ -692,17 +950,17 @@ def test_both_losses_run(tmp_path, capsys):
         for name in op.passes:
             for provider in ("torch", "ce:torch", "fused:reference"):
                 r = found.pop((op.name, name, provider))
-                assert r["status"] == "ok" and float(r["ms"]) > 0 and int(r["peak_bytes"]) > 0, r
-                assert float(r["err_y"]) < 1e-5 and float(r["err_dx"]) < 1e-5
-                assert (r["m"], r["n"]) == ("12", "33")
+                assert r["status"] == "ok" and r["ms"] > 0 and r["peak_bytes"] > 0, r
+                assert r["err_y"] < 1e-5 and r["err_dx"] < 1e-5
+                assert (r["m"], r["n"]) == (12, 33)
                 linear = op.name == "linear_ticks_cross_entropy"
                 assert (r["h"], bool(r["err_dw"]), bool(r["gb_s"]), bool(r["vs_copy"])) == (
-                    ("7", True, False, False) if linear else ("", False, True, True)
+                    (7, True, False, False) if linear else (None, False, True, True)
                 )
     assert not found
     printed = capsys.readouterr().out
     assert "ce:* compute cross entropy alone" in " ".join(printed.split())
-    assert "    12x33x7 " in printed
+    assert "\n12x33x7 " in printed
 
 
 @pytest.mark.parametrize(
@@ -715,6 +973,10 @@ def test_both_losses_run(tmp_path, capsys):
         ("--op norms --provider ce:torch", "layer_norm has none of ce:torch, but torch,"),
         ("--h 4 --shapes 2x2", "not both"),
         ("--shapes 5", "'5' is not rows x columns"),
+        ("--shapes large", "'large' is neither a shape, as in 4096x1024, nor of default, quick, models,"),
+        ("--cache hot", "invalid choice: 'hot'"),
+        ("--threads 0", "--threads 0: at least 1"),
+        ("--output a.csv", "a.csv: results are JSON lines"),
         ("--shapes 0x4", "a number below 1"),
         ("--m 2 --shapes 2x2", "not both"),
         ("--device x", "cpu or cuda"),
@@ -759,7 +1021,7 @@ def test_torchs_own_linear_cross_entropy_is_a_provider(tmp_path):
 def test_the_script_runs_uninstalled_and_elsewhere(tmp_path):
     command = [sys.executable, str(ROOT / "bench" / "run.py"), *TINY, "--op", "rms_norm", "--dtype", "fp32"]
     done = subprocess.run(
-        [*command, "--provider", "torch,fused:reference", "--threads", "1", "--output", "out/a.csv"],
+        [*command, "--provider", "torch,fused:reference", "--threads", "1", "--output", "out/a.jsonl"],
         cwd=tmp_path,
         env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
         capture_output=True,
@@ -768,18 +1030,21 @@ def test_the_script_runs_uninstalled_and_elsewhere(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "rms_norm forward fp32" in done.stdout
-    assert json.loads((tmp_path / "out" / "a.json").read_text())["threads"] == 1
-    assert len(rows_of(tmp_path / "out" / "a.csv")) == 2 * len(PASSES)
+    found = results.read(tmp_path / "out" / "a.jsonl")
+    assert found.environments[0]["threads"] == 1 and found.environments[0]["command"].startswith("python ")
+    assert len(found.rows) == 2 * len(PASSES)
 
 
 @pytest.mark.gpu
 def test_on_a_gpu(tmp_path):
-    out = tmp_path / "gpu.csv"
+    out = tmp_path / "gpu.jsonl"
     argv = ["--device", "cuda", "--op", "norms,ticks", "--shapes", "64x256,64x512x32", "--dtype", "bf16"]
-    assert main([*argv, "--provider", "torch,fused", "--seconds", "20", "--output", str(out)]) == 0
-    rows = rows_of(out)
-    assert len(rows) == sum(len(op.passes) for op in OPS.values()) * 2
-    assert all(float(r["ms"]) > 0 and float(r["call_ms"]) > 0 for r in rows)
+    argv += ["--provider", "torch,fused", "--seconds", "20", "--output", str(out)]
+    assert main(argv) == 0 and main([*argv, "--cache", "warm"]) == 0
+    rows = results.read(out).rows
+    ops = (op for op in OPS.values() if op.group in ("norms", "ticks"))
+    assert len(rows) == 2 * sum(len(op.passes) for op in ops) * 2
+    assert all(r.ms > 0 and r.call_ms > 0 for r in rows) and {r.cache for r in rows} == {"cold", "warm"}
 
 
 @pytest.mark.gpu

@@ -196,7 +196,7 @@ def test_the_benchmark_covers_every_operation_within_the_sections_time(gpu, tmp_
         command = list(step.command)
         assert command[1] == "bench/run.py"
         options = parse(command[2:])
-        assert options.device == "cuda" and options.output == tmp_path / f"{step.name}.csv"
+        assert options.device == "cuda" and options.output == tmp_path / f"{step.name}.jsonl"
         covered.update(options.op)
         seconds += options.seconds + 2 * gpu.GRACE_S
     assert covered == set(OPS) and seconds < gpu.SECTION_LIMIT_S

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shlex
@@ -18,7 +19,20 @@ import torch
 ENV_PREFIXES = ("OMP_", "GOMP_", "KMP_", "MKL_NUM", "ATEN_CPU_", "TORCHINDUCTOR_", "TRITON_", "CUDA_", "FUSED_NORM_")
 ENV_NAMES = ("LD_PRELOAD", "MALLOC_ARENA_MAX", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
-PACKAGES = ("fused_norm", "triton", "liger-kernel", "cut-cross-entropy", "numpy")
+PACKAGES = (
+    "fused_norm",
+    "triton",
+    "liger-kernel",
+    "quack-kernels",
+    "flash-attn",
+    "apex",
+    "transformer-engine",
+    "cut-cross-entropy",
+    "numpy",
+)
+
+#: What must be the same for two rows to stand side by side.
+COMPARED = ("device", "cpu", "threads", "versions", "commit", "sources_diff", "variables")
 
 
 def _output(*command: str, cwd: Path | None = None) -> str | None:
@@ -67,16 +81,27 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
 
 
+def _source() -> dict[str, Any]:
+    """The commit, whether tracked files differ from it, and a hash of how the sources do; None where this package is no
+    part of a git repository."""
+    here = Path(__file__).resolve()
+    root = here.parents[2]
+    if _output("git", "ls-files", "--error-unmatch", str(here), cwd=root) is None:
+        return {"commit": None, "uncommitted_changes": None, "sources_diff": None}
+    diff = _output("git", "diff", "HEAD", "--", "fused_norm", "csrc", "setup.py", cwd=root)
+    return {
+        "commit": _output("git", "rev-parse", "HEAD", cwd=root),
+        "uncommitted_changes": bool(_output("git", "status", "--porcelain", "--untracked-files=no", cwd=root)),
+        "sources_diff": hashlib.sha256(diff.encode()).hexdigest()[:12] if diff else None,
+    }
+
+
 def collect(device: torch.device, argv: list[str] | None = None) -> dict[str, Any]:
     """Everything as plain values that JSON can hold."""
-    root = Path(__file__).resolve().parents[2]
-    commit = _output("git", "rev-parse", "HEAD", cwd=root)
-    changed = _output("git", "status", "--porcelain", "--untracked-files=no", cwd=root) if commit else None
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(sys.argv if argv is None else argv),
-        "commit": commit,
-        "uncommitted_changes": bool(changed) if commit else None,
+        **_source(),
         "device": describe(device),
         "cpu": cpu_name(),
         "cpus": os.cpu_count(),
@@ -90,3 +115,17 @@ def collect(device: torch.device, argv: list[str] | None = None) -> dict[str, An
         },
         "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(ENV_PREFIXES) or k in ENV_NAMES},
     }
+
+
+def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """What keeps the rows of two environments apart, a line each with both values."""
+
+    def flat(environment: dict[str, Any]) -> dict[str, Any]:
+        values = {}
+        for key in COMPARED:
+            value = environment.get(key)
+            values |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+        return values
+
+    a, b = flat(there), flat(here)
+    return [f"{k}: {a.get(k)} there, {b.get(k)} here" for k in dict.fromkeys((*a, *b)) if a.get(k) != b.get(k)]

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .memory import Peak, cpu_peak, cuda_peak
+from .results import COLD, WARM
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 100
 
 #: A CPU sample holds as many calls as fill this time, so that the clock's own cost does not show.
 CPU_SAMPLE_S = 200e-6
+
+#: What a call finds in the caches unless asked for otherwise, by device type. A GPU's L2 is small beside what a model
+#: does between two uses of a tensor; on a CPU an operation mostly reads what the one before it has written.
+DEFAULT_CACHE = {"cpu": WARM, "cuda": COLD}
+
+#: What the last-level caches are taken to be where the system does not tell.
+CPU_CACHE_BYTES = 128 << 20
 
 #: Back-to-back calls in one sample of a CUDA call's cost, and the milliseconds that they should not exceed together.
 CUDA_CALLS, CUDA_CALLS_MS = 10, 50.0
@@ -35,10 +44,19 @@ class Contender:
     held: tuple[Tensor, ...] = ()
 
 
+def quantile(values: Sequence[float], q: float) -> float:
+    """By linear interpolation between the sorted values."""
+    ordered = sorted(values)
+    at = q * (len(ordered) - 1)
+    low = int(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
+
+
 @dataclass
 class Samples:
-    """Milliseconds a call. On CUDA ``ms`` is device time with a cold L2, and ``call_ms`` wall time a call where one
-    follows the other; on a CPU there is one kind of time and ``call_ms`` stays empty."""
+    """Milliseconds a call, one number a round. On CUDA ``ms`` is device time, and ``call_ms`` wall time a call where
+    one follows the other; on a CPU there is one kind of time and ``call_ms`` stays empty."""
 
     ms: list[float] = field(default_factory=list)
     call_ms: list[float] = field(default_factory=list)
@@ -51,15 +69,40 @@ class Samples:
         return statistics.median(self.ms)
 
     def quantile(self, q: float) -> float:
-        """By linear interpolation between the sorted samples."""
-        ordered = sorted(self.ms)
-        at = q * (len(ordered) - 1)
-        low = int(at)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
+        return quantile(self.ms, q)
+
+    def ratios(self, other: Samples) -> list[float]:
+        """The other's time over this one, round by round: what slows a whole round down cancels out."""
+        return [theirs / own for own, theirs in zip(self.ms, other.ms, strict=True)]
+
+
+def last_level_cache_bytes() -> int | None:
+    """Bytes of all last-level caches of this machine's CPUs together, None where the system does not tell."""
+    found: dict[tuple[int, str], int] = {}
+    try:
+        for index in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index*"):
+            level, size = int((index / "level").read_text()), (index / "size").read_text().strip()
+            kib = int(size.removesuffix("K"))
+            found[level, (index / "shared_cpu_list").read_text()] = kib << 10
+    except (OSError, ValueError):
+        return None
+    last = max((level for level, _ in found), default=None)
+    return sum(size for (level, _), size in found.items() if level == last) or None
 
 
 class CpuClock:
+    """Wall time. Warm: the same call ran just before, so its parameters, and whatever else fits, are in the caches, and
+    a short call is repeated; without that, what other contenders left would decide. Cold: a buffer twice the size of
+    the last-level caches is read before each call, by all threads, and there is one call a sample.
+
+    The buffer is read instead of written: written lines would be flushed to memory in the midst of the timed call.
+    """
+
+    def __init__(self, cache: str) -> None:
+        self.cold = cache == COLD
+        if self.cold:
+            self.filler = torch.ones(2 * (last_level_cache_bytes() or CPU_CACHE_BYTES) // 4)
+
     def host_s(self, call: Callable[[], object]) -> float:
         start = time.perf_counter()
         call()
@@ -68,8 +111,16 @@ class CpuClock:
     def peak(self, call: Callable[[], object], held: tuple[Tensor, ...]) -> Peak:
         return cpu_peak(call, held)
 
+    def evict(self) -> None:
+        torch.sum(self.filler)
+
     def sample(self, call: Callable[[], object], host_s: float, into: Samples) -> None:
-        repeats = max(1, min(1000, int(CPU_SAMPLE_S / max(host_s, 1e-7))))
+        if self.cold:
+            self.evict()
+            repeats = 1
+        else:
+            call()
+            repeats = max(1, min(1000, int(CPU_SAMPLE_S / max(host_s, 1e-7))))
         start = time.perf_counter()
         for _ in range(repeats):
             out = call()
@@ -78,18 +129,20 @@ class CpuClock:
 
 
 class CudaClock:
-    """Device time by events, with the L2 filled by other data before each call.
+    """Device time by events. Cold: the L2 is filled by other data before each call. Warm: the same call ran just
+    before.
 
     The filler reads its buffer instead of writing it: written lines would be flushed to memory in the midst of the
     timed kernel and be charged to it. The device first sleeps for longer than the host needs to enqueue everything, so
     that the time between the events holds no waiting for the host.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        l2 = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
-        self.filler = torch.ones(max(4 * l2, 256 << 20) // 4, device=device)
-        self.sink = torch.empty((), device=device)
+    def __init__(self, device: torch.device, cache: str) -> None:
+        self.device, self.cold = device, cache == COLD
+        if self.cold:
+            l2 = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
+            self.filler = torch.ones(max(4 * l2, 256 << 20) // 4, device=device)
+            self.sink = torch.empty((), device=device)
 
     def host_s(self, call: Callable[[], object]) -> float:
         """Seconds the host needs to enqueue one call, device work not included where it need not wait."""
@@ -104,10 +157,16 @@ class CudaClock:
     def peak(self, call: Callable[[], object], held: tuple[Tensor, ...]) -> Peak:
         return cuda_peak(call, held, self.device)
 
+    def evict(self) -> None:
+        torch.sum(self.filler, dim=0, out=self.sink)
+
     def sample(self, call: Callable[[], object], host_s: float, into: Samples) -> None:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(int(2e9 * 2 * (host_s + 100e-6)))  # cycles of a clock near 2 GHz
-        torch.sum(self.filler, dim=0, out=self.sink)
+        torch.cuda._sleep(int(2e9 * 2 * (2 * host_s + 100e-6)))  # cycles of a clock near 2 GHz; two calls if warm
+        if self.cold:
+            self.evict()
+        else:
+            call()
         start.record()
         out = call()
         end.record()
@@ -125,8 +184,8 @@ class CudaClock:
 Clock = CpuClock | CudaClock
 
 
-def make_clock(device: torch.device) -> Clock:
-    return CudaClock(device) if device.type == "cuda" else CpuClock()
+def make_clock(device: torch.device, cache: str) -> Clock:
+    return CudaClock(device, cache) if device.type == "cuda" else CpuClock(cache)
 
 
 def orders(names: list[str], rounds: int) -> Iterator[list[str]]:
@@ -141,7 +200,7 @@ def time_group(contenders: list[Contender], clock: Clock, seconds: float) -> dic
     """Samples for each contender, all from the same rounds: as many as fit in ``seconds``, between the two bounds.
 
     Each is called three times first, untimed: the first call compiles, the second tells how much memory one takes, the
-    third how long. One that raises there has its error for a result, and the others go on.
+    third how long. One that raises has its error for a result, and the others go on.
     """
     samples = {c.name: Samples() for c in contenders}
     ready: dict[str, tuple[Contender, Callable[[], object], float]] = {}
@@ -162,6 +221,11 @@ def time_group(contenders: list[Contender], clock: Clock, seconds: float) -> dic
             break
         for name in order:
             c, call, host_s = ready[name]
-            with c.context():
-                clock.sample(call, host_s, samples[name])
+            if samples[name].error is not None:
+                continue
+            try:
+                with c.context():
+                    clock.sample(call, host_s, samples[name])
+            except Exception as e:
+                samples[name].error = e
     return samples
