@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-#: Variables that change how fast things run.
+#: Variables that change how fast things run; folders of caches (``_DIR``), which torch sets itself, do not.
 ENV_PREFIXES = ("OMP_", "GOMP_", "KMP_", "MKL_NUM", "ATEN_CPU_", "TORCHINDUCTOR_", "TRITON_", "CUDA_", "FUSED_NORM_")
 ENV_NAMES = ("LD_PRELOAD", "MALLOC_ARENA_MAX", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
@@ -81,6 +81,10 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
 
 
+def _matters(variable: str) -> bool:
+    return variable in ENV_NAMES or (variable.startswith(ENV_PREFIXES) and not variable.endswith("_DIR"))
+
+
 def _source() -> dict[str, Any]:
     """The commit, whether tracked files differ from it, and a hash of how the sources do; None where this package is no
     part of a git repository."""
@@ -113,7 +117,7 @@ def collect(device: torch.device, argv: list[str] | None = None) -> dict[str, An
             "torch": torch.__version__,
             **{name: _version(name) for name in PACKAGES},
         },
-        "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(ENV_PREFIXES) or k in ENV_NAMES},
+        "variables": {k: v for k, v in sorted(os.environ.items()) if _matters(k)},
     }
 
 
