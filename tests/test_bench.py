@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import fused_norm
-from fused_norm.bench import gate, losses, main, memory, operation, providers, results, run, timing
+from fused_norm.bench import gate, losses, main, memory, operation, providers, results, run, table, timing
 from fused_norm.bench.cases import GROUPS, OPS
 from fused_norm.bench.operation import PASSES, Provider
 
@@ -961,6 +962,49 @@ def test_both_losses_run(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "ce:* compute cross entropy alone" in " ".join(printed.split())
     assert "\n12x33x7 " in printed
+
+
+def test_the_tables_look():
+    op = OPS["layer_norm"]
+
+    def made(shape, provider, ms, ratio, **values):
+        case = run.Case(op, "bf16", shape, "warm")
+        r = case.row("forward", provider)
+        r.ms, r.p20_ms, r.p80_ms, r.gb_s, r.copy_gb_s, r.vs_copy = ms, 0.9 * ms, 1.2 * ms, 10 / ms, 20.0, 0.5 / ms
+        r.vs_torch, r.vs_torch_p20, r.vs_torch_p80 = ratio, 0.95 * ratio, 1.1 * ratio
+        r.peak_bytes, r.extra_bytes, r.peak_vs_torch = 8_392_704, 4096, 1.0
+        return dataclasses.replace(r, **values)
+
+    wrong = run.Case(op, "bf16", (64, 65536), "warm").row("all", "liger", "wrong", "dx: error 0.3 > 0.02")
+    rows = [
+        made((4096, 1024), "torch", 2.0, 1.0),
+        made((4096, 1024), "fused:native", 0.5, 4.0),
+        made((64, 65536), "torch", 12345.6, 1.0),
+        made((64, 65536), "fused:native", 0.012345, 0.987),
+        wrong,
+        run.row_of_operation("layer_norm", "quack", "warm", "quack-kernels is not installed"),
+    ]
+    text = table.table(rows)
+    assert (
+        text.split("\n", 4)[4]
+        == """\
+layer_norm forward bf16, warm caches
+shape           provider                 ms       p20-p80   GB/s  roof  vs torch     p20-p80  peak MB        extra MB
+4096x1024       x.clone()                                   20.0  100%
+                torch                 2.000   1.800-2.400   5.00   25%     1.00x  0.950-1.10    8.393 (1.00)   0.0041
+                fused:native         0.5000 0.4500-0.6000   20.0  100%     4.00x   3.80-4.40    8.393 (1.00)   0.0041
+64x65536        x.clone()                                   20.0  100%
+                torch                 12346   11111-14815  0.001    0%     1.00x  0.950-1.10    8.393 (1.00)   0.0041
+                fused:native         0.0123 0.0111-0.0148    810 4050%    0.987x  0.938-1.09    8.393 (1.00)   0.0041
+                liger                 wrong
+geomean         torch                                               0%     1.00x  least 1.00          (1.00)
+                fused:native                                      636%     1.99x least 0.987          (1.00)
+
+Not timed:
+  liger: wrong in layer_norm all bf16 64x65536: dx: error 0.3 > 0.02
+  quack: skipped: quack-kernels is not installed"""
+    )
+    assert max(map(len, text.splitlines())) <= 120
 
 
 @pytest.mark.parametrize(

@@ -371,3 +371,65 @@ def test_elsewhere_progress_is_lines_and_not_too_many() -> None:
         bar.step(str(i))
     bar.close()
     assert stream.getvalue().splitlines() == ["[1/100 0 s] 0", "[100/100 0 s] 99"]
+
+
+def test_rows_of_a_step_stay_above_the_bar(monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    stream = _Terminal()
+    bar = progress.Progress(2, stream)
+    bar.step("first", ["a row", "another"])
+    lines = stream.getvalue().replace("\r", "\n").split("\n")
+    assert [line for line in lines if line.strip()] == [
+        "first",
+        "a row",
+        "another",
+        next(line for line in lines if line.startswith("[##########..........] 1/2 0:00")),
+    ]
+    elsewhere = io.StringIO()
+    bar = progress.Progress(2, elsewhere, quiet_seconds=3600)
+    bar.step("first", ["a row"])
+    bar.step("second", ["another"])
+    assert elsewhere.getvalue().splitlines() == ["[1/2 0 s] first", "a row", "[2/2 0 s] second", "another"]
+
+
+@pytest.mark.parametrize("lines, erased", [("8", True), ("5", False)])
+def test_notes_are_erased_only_while_all_are_on_the_screen(monkeypatch, lines: str, erased: bool) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("LINES", lines)
+    stream = _Terminal()
+    bar = progress.Progress(1, stream)
+    bar.note("one\ntwo")
+    bar.note("x" * 100)  # two lines of the terminal
+    bar.step("done", ["row"])
+    bar.erase_notes()
+    assert stream.getvalue().endswith("\x1b[6F\x1b[J") == erased
+
+
+# --------------------------------------------------------------------------------------------------------------- bench
+
+
+def test_bench_gives_one_quick_answer_as_json(tmp_path: Path) -> None:
+    command = "-m fused_norm bench --op layer_norm --m 4 --n 96 --dtype bf16 --provider torch,fused --json"
+    done = _run(*command.split(), "--device", "cpu", "--output", str(tmp_path / "a.jsonl"))
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["kind"] for line in lines] == ["environment", *["row"] * 8, "end"]
+    assert {line["provider"] for line in lines[1:-1]} == {"torch", "fused"}
+    assert all(line["ms"] > 0 and (line["m"], line["n"]) == (4, 96) for line in lines[1:-1])
+    assert "[4/4 " in done.stderr and "layer_norm backward bf16 4x96" in done.stderr
+
+
+def test_bench_without_an_output_leaves_its_rows_in_runs(tmp_path: Path) -> None:
+    command = "-m fused_norm bench --op rms_norm --m 4 --n 8 --dtype fp32 --provider torch --pass forward --device cpu"
+    done = subprocess.run(
+        [sys.executable, *command.split()],
+        env=os.environ | {"PYTHONPATH": str(PACKAGE.parent)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "runs").glob("bench-*-cpu.jsonl")
+    assert f"rows go to runs/{path.name}" in done.stdout and len(path.read_text().splitlines()) == 3
+    assert "rms_norm forward fp32, warm caches" in path.with_suffix(".txt").read_text()

@@ -22,7 +22,7 @@ from .operation import BASELINE, DIMS, DTYPES, PASSES, Call, Inputs, Op, Provide
 from .providers import default_providers
 from .results import CACHES, Row, shape_text
 from .shapes import Shape
-from .table import HEAD, row_line, table
+from .table import HEAD, about, row_line, table
 
 #: The name under which x.clone() runs beside the providers: it reads once, writes once and allocates, as a norm does.
 COPY = "copy"
@@ -499,7 +499,7 @@ def _main(argv: list[str] | None) -> int:
         return REFUSED
     say = partial(print, file=sys.stderr if args.json else sys.stdout, flush=True)
     plan = pending(args, providers, there.rows)
-    say(f"{env['device']['name']}, {env['threads']} threads, torch {torch.__version__}; rows go to {args.output}")
+    say(f"{about(env)}\nrows go to {args.output}")
     if there.rows:
         say(f"{len(there.rows)} rows are there already, {sum(len(todo) for _, todo in plan)} passes are left")
     status, notice = 0, ""
@@ -530,7 +530,8 @@ def _main(argv: list[str] | None) -> int:
             progress.erase_notes()
         progress.close()
     text = "\n\n".join(part for part in (table(sink.rows), notice) if part)
-    args.output.with_suffix(".txt").write_text(text + "\n")
+    headings = "\n".join(map(about, results.read(args.output).environments))
+    args.output.with_suffix(".txt").write_text(f"{headings}\n{text}\n")
     say(notice if args.json else text)
     failed = [r for r in sink.rows if r.status in ("wrong", "error")]
     ours = any(r.provider in OPS[r.op].providers and OPS[r.op].providers[r.provider].ours for r in failed)

@@ -6,6 +6,7 @@ import math
 import statistics
 import textwrap
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from .cases import OPS
 from .results import Row, shape_text
@@ -19,6 +20,16 @@ LEGEND = """\
 ms: median of the rounds, and 20th to 80th percentile. GB/s: the bytes of an ideal pass over it. roof: that over the
 GB/s of x.clone() in the same rounds. vs torch: torch's time over this one (above 1 is faster), median over rounds and
 percentiles. peak MB: memory beyond the inputs, and (over torch's); extra MB: beyond what is returned too."""
+
+
+def about(env: dict[str, Any]) -> str:
+    """An environment on one line: what the numbers were measured on."""
+    commit = (
+        f"commit {env['commit'][:10]}{' with changes' if env['uncommitted_changes'] else ''}" if env["commit"] else ""
+    )
+    load = f"load {env['load'][0]:.1f} on {env['cpus']} CPUs before" if env["load"] else ""
+    device, threads, version = env["device"]["name"], f"{env['threads']} threads", f"torch {env['versions']['torch']}"
+    return ", ".join(part for part in (device, threads, load, version, commit, env["date"][:10]) if part)
 
 
 def _number(value: float | None, digits: int = 4) -> str:
