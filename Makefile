@@ -40,10 +40,10 @@ lm: $(VENV)/.ready
 test: $(VENV)/.ready
 	OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
-# Five minutes: norms, add-norms and losses in a few shapes, against torch and torch.compile. ARGS="--help" shows what
+# About five minutes on 2 cores: norms, add-norms and losses in a few shapes, with torch.compile. ARGS="--help" shows what
 # else there is; it takes the place of these options.
 bench: $(VENV)/.ready
-	$(PY) bench/run.py $(if $(ARGS),$(ARGS),--op norms,add-norms,ticks --shapes quick --seconds 300)
+	$(PY) bench/run.py $(if $(ARGS),$(ARGS),--op norms,add-norms,ticks --shapes quick)
 
 # Everything: all shapes, sweeps included. Hours; Ctrl-C loses nothing, and running it again goes on. ARGS adds options.
 bench-full: $(VENV)/.ready

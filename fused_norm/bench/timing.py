@@ -95,7 +95,8 @@ class CpuClock:
     a short call is repeated; without that, what other contenders left would decide. Cold: a buffer twice the size of
     the last-level caches is read before each call, by all threads, and there is one call a sample.
 
-    The buffer is read instead of written: written lines would be flushed to memory in the midst of the timed call.
+    The buffer is read instead of written: written lines would be flushed to memory in the midst of the timed call. It
+    takes the place of the interpreter's own data too, which is much of what a short call then waits for.
     """
 
     def __init__(self, cache: str) -> None:
