@@ -1042,7 +1042,7 @@ def test_progress_goes_to_standard_error(capsys):
 
 @pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
 def test_every_default_provider_runs_or_says_why_not(op):
-    for name in providers.default_providers(op, quick=False):
+    for name in providers.default_providers(op):
         reason = op.providers[name].unavailable(CPU)
         assert reason is None or reason.strip()
     liger = [p for name, p in op.providers.items() if name in ("liger", "ce:liger")]

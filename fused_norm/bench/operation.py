@@ -123,7 +123,7 @@ class Op:
     each leaf its gradient, under d and the leaf's name; ``truth_of_call(inputs, call)`` gives it in their place where
     it depends on the call, by a random mask. ``outputs`` names what a call gives, where that is more than y.
     ``bytes_moved(pass, shape, dtype)`` counts the bytes of an ideal pass, None where that says nothing. ``shapes`` run
-    by default, by device type, ``quick_shapes`` with ``--quick``, and ``sweeps[name]`` where that is asked for.
+    by default, by device type, ``quick_shapes`` as ``--shapes quick``, and ``sweeps[name]`` as ``--shapes name``.
     ``dtypes`` are those that run unless others are asked for, by device type. ``note`` is told above its table.
     ``providers`` is what it is compared with, by name.
     """

@@ -69,8 +69,8 @@ def with_providers(op: Op, kernel: str, peers: tuple[Provider, ...]) -> Op:
     return op
 
 
-def default_providers(op: Op, quick: bool) -> list[str]:
-    return [name for name in op.providers if name not in NOT_BY_DEFAULT and not (quick and name == "compile")]
+def default_providers(op: Op) -> list[str]:
+    return [name for name in op.providers if name not in NOT_BY_DEFAULT]
 
 
 def _missing(title: str, need: str) -> str | None:

@@ -447,7 +447,7 @@ def chosen_providers(args: argparse.Namespace) -> dict[str, list[Provider]]:
     """The providers asked for, by operation."""
     chosen = {}
     for op in map(OPS.get, args.op):
-        names = args.provider or default_providers(op, quick=False)
+        names = args.provider or default_providers(op)
         chosen[op.name] = [op.providers[name] for name in names if name in op.providers]
     return chosen
 
