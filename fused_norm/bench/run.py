@@ -267,7 +267,8 @@ def run(
     untimed = {p.name: 0.0 for everyone in providers.values() for p in everyone}
     left_out: set[str] = set()
     budget = Budget(args.seconds, [(case.op.name, len(todo)) for case, todo in plan])
-    progress.note(HEAD)
+    if plan:
+        progress.note(HEAD)
     for case, todo in plan:
         if budget.spent():
             return
