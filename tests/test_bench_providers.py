@@ -12,7 +12,7 @@ from textwrap import dedent
 import pytest
 import torch
 
-from fused_norm.bench import gate, main, shapes
+from fused_norm.bench import gate, main
 from fused_norm.bench.cases import GROUPS, OPS
 from fused_norm.bench.operation import DTYPES
 from fused_norm.bench.results import read
@@ -417,14 +417,14 @@ def test_sweeps(op):
         assert len({m * n for m, n, *_ in by_n}) == 1 and len({shape[2:] for shape in by_n}) == 1
         assert [n for _, n, *_ in by_n] == sorted({n for _, n, *_ in by_n}) and by_n[-1][1] == 262144
         assert len({shape[1:] for shape in by_m}) == 1 and by_m[0][0] == 1 and len(by_m) > 5
-        assert all(shapes.model_names(shape) for shape in op.sweeps["models"][device])
+        assert all(op.model_names(shape) for shape in op.sweeps["models"][device])
 
 
 def test_the_vocabularies_and_widths_of_models():
     named = {v for _, v in OPS["ticks_cross_entropy"].sweeps["models"]["cuda"]}
     assert {30522, 32000, 50257, 128256, 262144} == named
     assert {768, 1024, 1600, 4096, 8192} <= {n for _, n in OPS["layer_norm"].sweeps["models"]["cpu"]}
-    assert shapes.model_names((3, 1600)) == "GPT-2 XL"
-    assert shapes.model_names((3, 128256)) == "Llama-3 8B, Llama-3 70B"
-    assert shapes.model_names((3, 128256, 8192)) == "Llama-3 70B"
-    assert shapes.model_names((3, 1001)) == shapes.model_names((3, 32000, 8192)) == ""
+    norm, loss, linear = (OPS[op] for op in ("add_rms_norm", "ticks_cross_entropy", "linear_ticks_cross_entropy"))
+    assert norm.model_names((3, 1600)) == "GPT-2 XL" and loss.model_names((3, 1600)) == ""
+    assert loss.model_names((3, 128256)) == "Llama-3 8B, Llama-3 70B" and norm.model_names((3, 128256)) == ""
+    assert linear.model_names((3, 128256, 8192)) == "Llama-3 70B" and linear.model_names((3, 32000, 8192)) == ""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from .shapes import Shape, Shapes
+from .shapes import Shape, Shapes, model_names
 
 #: Takes one case's tensors in the order of `Inputs.tensors`, gives the output, or several: None for one that it need
 #: not give, since no gradient reaches it.
@@ -150,6 +150,10 @@ class Op:
 
     def make_inputs(self, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:
         return self.inputs(shape, dtype, device, seed)
+
+    def model_names(self, shape: Shape) -> str:
+        """The models that have an operation of this shape, by its columns; "" if none has."""
+        return model_names(shape, vocabulary=self.group == "ticks")
 
 
 def random_tensors(dtype: torch.dtype, device: torch.device, seed: int) -> Callable[..., Tensor]:

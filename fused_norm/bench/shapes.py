@@ -33,11 +33,14 @@ MODELS = (
 )
 
 
-def model_names(shape: Shape) -> str:
-    """The models that have a norm, a vocabulary or (of three numbers) a classifier of this shape; "" if none has."""
-    n = shape[1]
-    fits = ((m.vocabulary, m.hidden) == shape[1:] if len(shape) == 3 else n in (m.hidden, m.vocabulary) for m in MODELS)
-    return ", ".join(m.name for m, fit in zip(MODELS, fits, strict=True) if fit)
+def model_names(shape: Shape, vocabulary: bool) -> str:
+    """The models with a norm of these columns, or, with ``vocabulary``, with these classes (and hidden features); "" if
+    there are none."""
+    names = []
+    for m in MODELS:
+        has = ((m.vocabulary, m.hidden) if len(shape) == 3 else (m.vocabulary,)) if vocabulary else (m.hidden,)
+        names += [m.name] * (shape[1:] == has)
+    return ", ".join(names)
 
 
 def _powers(base: int, low: int, high: int) -> tuple[int, ...]:
