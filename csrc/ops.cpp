@@ -103,6 +103,7 @@ std::tuple<Tensor, std::optional<Tensor>> norm_forward(
   f.a.x = data_of(x, "x");
   f.a.x_stride = rows.stride;
   f.a.y = y.mutable_data_ptr();
+  f.a.past_cache = past_cache(x.numel() * size_of(rows.dtype));
   const Kernels& k = kernels();
   parallel(rows.count, n, [&](int64_t begin, int64_t end) { k.norm_forward(rows.dtype, f.param, rms, f.a, begin, end); });
   return {std::move(y), std::move(f.stats)};
@@ -199,6 +200,7 @@ std::tuple<Tensor, Tensor> run_backward(
   a.rows_per_group = rows.per_group;
   a.chunks_per_group = chunks.per_group;
   a.rows_per_chunk = chunks.rows;
+  a.past_cache = past_cache(x.numel() * size_of(rows.dtype));
   Tensor dw_partial = empty({need_dw ? groups * chunks.per_group : 0, n}, acc);
   Tensor db_partial = empty({need_db ? groups * chunks.per_group : 0, n}, acc);
   a.dw_partial = need_dw ? dw_partial.mutable_data_ptr() : nullptr;
@@ -310,9 +312,10 @@ std::tuple<Tensor, Tensor, Tensor> add_norm_forward(
     const Tensor& x, const Tensor& residual, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
     const std::optional<Tensor>& seed, int64_t n, double eps, bool rms, double dropout_p, bool need_stats, bool cast) {
   const Rows rows = rows_of(residual, n, 1, "residual");
-  const Dtype x_dtype = check_addend(x.scalar_type(), rows.dtype, "x's dtype", "residual");
-  STD_TORCH_CHECK(x.numel() == residual.numel(), "x has shape ", shape(x), ", residual has ", shape(residual));
   AddRows add{};
+  add.x_dtype = check_addend(x.scalar_type(), rows.dtype, "x's dtype", "residual");
+  add.x_size = size_of(add.x_dtype);
+  STD_TORCH_CHECK(x.numel() == residual.numel(), "x has shape ", shape(x), ", residual has ", shape(residual));
   add.x_stride = row_stride(x, n, "x");
   add.residual_stride = rows.stride;
   add.dropout = dropout_of(seed, dropout_p);
@@ -322,20 +325,11 @@ std::tuple<Tensor, Tensor, Tensor> add_norm_forward(
   Forward f = prepare_forward(rows, weight, bias, 1, eps, rms, need_stats, cast, "residual");
   Tensor summed = empty_like(residual, rows.dtype), y = empty_like(residual, rows.dtype);
   add.summed = summed.mutable_data_ptr();
-  f.a.x = add.summed;
-  f.a.x_stride = n;
+  add.past_cache = f.a.past_cache = past_cache(x.numel() * size_of(rows.dtype));
+  f.a.before = &add;
   f.a.y = y.mutable_data_ptr();
-  // A few rows at a time, so that the norm finds them in cache.
-  constexpr int64_t kBytes = 8192;
-  const int64_t step = std::max<int64_t>(1, kBytes / (n * size_of(rows.dtype)));
   const Kernels& k = kernels();
-  parallel(rows.count, n, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; row += step) {
-      const int64_t stop = std::min(end, row + step);
-      k.add(rows.dtype, x_dtype, add, row, stop);
-      k.norm_forward(rows.dtype, f.param, rms, f.a, row, stop);
-    }
-  });
+  parallel(rows.count, n, [&](int64_t begin, int64_t end) { k.norm_forward(rows.dtype, f.param, rms, f.a, begin, end); });
   if (!f.stats) f.stats = empty({0, rows.count}, accumulation(rows.dtype));
   return {std::move(y), std::move(summed), std::move(*f.stats)};
 }

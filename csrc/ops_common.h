@@ -84,6 +84,15 @@ inline void advise_huge_pages(const Tensor& t, int64_t bytes) {
 #endif
 }
 
+// Whether results of so many bytes are written past the caches. What reads them next would not find them there in any case.
+inline bool past_cache(int64_t bytes) {
+  static const int64_t limit = [] {
+    const char* value = std::getenv("FUSED_NORM_PAST_CACHE_BYTES");
+    return value ? std::atoll(value) : (int64_t)8 << 20;
+  }();
+  return bytes >= limit;
+}
+
 inline Tensor empty_contiguous(const int64_t* sizes, int64_t dim, Dtype dtype) {
   int64_t inline_strides[8];
   std::vector<int64_t> more_strides;

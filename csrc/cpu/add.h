@@ -8,6 +8,7 @@
 
 #include "kernels.h"
 #include "philox.h"
+#include "rows.h"
 #include "vec.h"
 
 namespace fused_norm {
@@ -26,60 +27,78 @@ struct Nothing {
   explicit Nothing(const Any&...) {}
 };
 
-// `index` is that of the first element, counted over all rows; `keep` is a Keep, or Nothing.
+// `index` is that of the first element, counted over all rows; `keep` is a Keep, or Nothing. The sum goes to `held` as well, in the order of
+// T's registers, unless that is null; then what goes to `summed` will not be read soon.
 template <typename T, typename X, typename K, typename A = Acc<T>>
-FUSED_NORM_INLINE void add_row(const X* x, const T* residual, T* summed, int64_t n, int64_t index, K& keep) {
-  using V = Vec<A>;
+FUSED_NORM_INLINE void add_row(
+    const X* x, const T* residual, T* summed, A* held, bool past_cache, int64_t n, int64_t index, K& keep) {
   constexpr int64_t L = kLanes<A>;
   constexpr bool Drop = !__is_same(K, Nothing);
-  const Tail<A> tail(n);
   for (int64_t begin = 0, end; begin < n; begin = end) {
     end = Drop ? run_end<A>(begin, n) : n;
     if constexpr (Drop) keep.draw(index + begin, end - begin);
-    const auto add = [&](V v, V r, int64_t i) {
-      if constexpr (Drop) return fma(v, keep.at(i - begin), r);
-      else return v + r;
+    const auto add = [&](Two<A> v, Two<A> r, int64_t i) {
+      if constexpr (Drop) {
+        const Two<A> k = order_two<T>(keep.at(i), keep.at(i + L));
+        v = {fma(v.a, k.a, r.a), fma(v.b, k.b, r.b)};
+      } else {
+        v = {v.a + r.a, v.b + r.b};
+      }
+      if (held) {
+        v = {rounded<T>(v.a), rounded<T>(v.b)};
+        store(held + begin + i, v.a);
+        store(held + begin + i + L, v.b);
+      }
+      return v;
     };
-    for (int64_t i = begin; i + L <= end; i += L) store(summed + i, add(load(x + i), load(residual + i), i));
-    if (tail.any && end == n) tail.store(summed, add(tail.load(x), tail.load(residual), tail.start));
+    const auto at = [&](int64_t i) { return add(load_two_of<T>(x + begin + i), load_two(residual + begin + i), i); };
+    const auto last = [&](int64_t i) {
+      const int64_t count = end - begin - i;
+      return add(load_end<T>(x + begin + i, count), load_end<T>(residual + begin + i, count), i);
+    };
+    write_row(summed + begin, end - begin, held && past_cache, at, last, [](int64_t) {});
   }
 }
 
-template <typename T, typename X, bool Drop>
-void add_rows(const AddRows& a, int64_t begin, int64_t end) {
-  typename Choice<Drop, Keep<Acc<T>>, Nothing>::type keep(a.dropout);
+template <typename T, typename X, bool Drop, typename A = Acc<T>>
+FUSED_NORM_NOINLINE void add_some_rows(const AddRows& a, int64_t begin, int64_t end, A* held, int64_t held_stride) {
+  typename Choice<Drop, Keep<A>, Nothing>::type keep(a.dropout);
   const X* x = (const X*)a.x + begin * a.x_stride;
   const T* residual = (const T*)a.residual + begin * a.residual_stride;
   T* summed = (T*)a.summed + begin * a.n;
   // No element of a row minds where the row ends.
-  if (a.x_stride == a.n && a.residual_stride == a.n) return add_row(x, residual, summed, (end - begin) * a.n, begin * a.n, keep);
+  if (a.x_stride == a.n && a.residual_stride == a.n && (!held || held_stride == a.n)) {
+    const int64_t n = (end - begin) * a.n;
+    return add_row(x, residual, summed, held, a.past_cache, n, begin * a.n, keep);
+  }
   for (int64_t row = begin; row < end; row++, x += a.x_stride, residual += a.residual_stride, summed += a.n) {
-    add_row(x, residual, summed, a.n, row * a.n, keep);
+    add_row(x, residual, summed, held, a.past_cache, a.n, row * a.n, keep);
+    if (held) held += held_stride;
   }
 }
 
-template <typename T, typename X>
-void add_dropped(const AddRows& a, int64_t begin, int64_t end) {
-  return a.dropout.any ? add_rows<T, X, true>(a, begin, end) : add_rows<T, X, false>(a, begin, end);
+template <typename T, typename X, typename A = Acc<T>>
+FUSED_NORM_INLINE void add_dropped(const AddRows& a, int64_t begin, int64_t end, A* held, int64_t held_stride) {
+  return a.dropout.any ? add_some_rows<T, X, true>(a, begin, end, held, held_stride)
+                       : add_some_rows<T, X, false>(a, begin, end, held, held_stride);
 }
 
-void add(Dtype dtype, Dtype x_dtype, const AddRows& a, int64_t begin, int64_t end) {
-  switch (dtype) {
-    case Dtype::f64: return add_dropped<double, double>(a, begin, end);
-    case Dtype::f32:
-      return x_dtype == Dtype::bf16  ? add_dropped<float, BFloat16>(a, begin, end)
-             : x_dtype == Dtype::f16 ? add_dropped<float, Half>(a, begin, end)
-                                     : add_dropped<float, float>(a, begin, end);
-    case Dtype::bf16: return add_dropped<BFloat16, BFloat16>(a, begin, end);
-    case Dtype::f16: return add_dropped<Half, Half>(a, begin, end);
+// Rows [begin, end) of the sum; where `held` is not null also there, `held_stride` elements from one row to the next.
+template <typename T, typename A = Acc<T>>
+FUSED_NORM_INLINE void add_rows(const AddRows& a, int64_t begin, int64_t end, A* held, int64_t held_stride) {
+  // Beside a 16-bit sum there is no other 16-bit type.
+  if constexpr (__is_same(T, float)) {
+    if (a.x_dtype == Dtype::bf16) return add_dropped<T, BFloat16>(a, begin, end, held, held_stride);
+    if (a.x_dtype == Dtype::f16) return add_dropped<T, Half>(a, begin, end, held, held_stride);
   }
+  add_dropped<T, T>(a, begin, end, held, held_stride);
 }
 
 // Where the norm's backward leaves d of a few rows' columns [begin, end), for the results to be rounded from.
 template <typename T, int Rows, typename A = Acc<T>>
 class AfterBackward {
  public:
-  explicit AfterBackward(const NormBackward& a) : after_(*a.after), n_(a.n), keep_(a.after->dropout) {}
+  explicit AfterBackward(const NormBackward& a) : after_(*a.after), n_(a.n), past_cache_(a.past_cache), keep_(a.after->dropout) {}
 
   // Memory that run will write for this row (in 16-bit dx beside fp32 it takes half of what a row of T would).
   FUSED_NORM_INLINE T* written(int64_t row) const {
@@ -87,53 +106,52 @@ class AfterBackward {
     return (T*)((char*)after_.dx + row * n_ * (after_.x_dtype == Dtype::bf16 || after_.x_dtype == Dtype::f16 ? 2 : sizeof(T)));
   }
 
-  // Column `begin` of row r.
-  FUSED_NORM_INLINE A* at(int r) { return d_ + r * kLongestRun<A>; }
+  // Column `begin` of row r, in the order of T's registers.
+  FUSED_NORM_INLINE A* at(int r) { return d_ + r * kStride; }
 
-  FUSED_NORM_NOINLINE void run(int64_t row, int rows, int64_t begin, int64_t end, const Tail<A>& tail) {
+  FUSED_NORM_NOINLINE void run(int64_t row, int rows, int64_t begin, int64_t end) {
     // Beside a 16-bit sum there is no other 16-bit type.
     if constexpr (__is_same(T, float)) {
-      if (after_.x_dtype == Dtype::bf16) return run_rows<BFloat16>(row, rows, begin, end, tail);
-      if (after_.x_dtype == Dtype::f16) return run_rows<Half>(row, rows, begin, end, tail);
+      if (after_.x_dtype == Dtype::bf16) return run_rows<BFloat16>(row, rows, begin, end);
+      if (after_.x_dtype == Dtype::f16) return run_rows<Half>(row, rows, begin, end);
     }
-    run_rows<T>(row, rows, begin, end, tail);
+    run_rows<T>(row, rows, begin, end);
   }
 
  private:
   template <typename X>
-  FUSED_NORM_INLINE void run_rows(int64_t row, int rows, int64_t begin, int64_t end, const Tail<A>& tail) {
+  FUSED_NORM_INLINE void run_rows(int64_t row, int rows, int64_t begin, int64_t end) {
     for (int r = 0; r < rows; r++) {
-      after_.dropout.any ? run_row<X, true>(row + r, at(r), begin, end, tail) : run_row<X, false>(row + r, at(r), begin, end, tail);
+      after_.dropout.any ? run_row<X, true>(row + r, at(r), begin, end) : run_row<X, false>(row + r, at(r), begin, end);
     }
   }
 
   template <typename X, bool Drop>
-  FUSED_NORM_INLINE void run_row(int64_t row, const A* d, int64_t begin, int64_t end, const Tail<A>& tail) {
-    using V = Vec<A>;
+  FUSED_NORM_INLINE void run_row(int64_t row, const A* d, int64_t begin, int64_t end) {
     constexpr int64_t L = kLanes<A>;
-    T* const dresidual = after_.dresidual ? (T*)after_.dresidual + row * n_ : nullptr;
-    X* const dx = (X*)after_.dx + row * n_;
     if constexpr (Drop) keep_.draw(row * n_ + begin, end - begin);
-    const auto dropped = [&](V v, int64_t i) {
-      if constexpr (Drop) return v * keep_.at(i - begin);
-      else return v;
+    const auto d_at = [&](int64_t i) { return Two<A>{load(d + i), load(d + i + L)}; };
+    const auto dx_at = [&](int64_t i) {
+      Two<A> v = d_at(i);
+      if constexpr (Drop) {
+        const Two<A> k = order_two<T>(keep_.at(i), keep_.at(i + L));
+        v = {v.a * k.a, v.b * k.b};
+      }
+      if constexpr (!__is_same(X, T)) v = order_two<X>(v.a, v.b);
+      return v;
     };
-    for (int64_t i = begin; i + L <= end; i += L) {
-      const V v = load(d + (i - begin));
-      if (dresidual) store(dresidual + i, v);
-      store(dx + i, dropped(v, i));
-    }
-    if (tail.any && end == n_) {
-      const V v = tail.load(d, begin);
-      if (dresidual) tail.store(dresidual, v);
-      tail.store(dx, dropped(v, tail.start));
-    }
+    const auto nothing_ahead = [](int64_t) {};
+    if (after_.dresidual) write_row((T*)after_.dresidual + row * n_ + begin, end - begin, past_cache_, d_at, d_at, nothing_ahead);
+    write_row((X*)after_.dx + row * n_ + begin, end - begin, past_cache_, dx_at, dx_at, nothing_ahead);
   }
 
   const AddBackward& after_;
   int64_t n_;
+  bool past_cache_;
   Keep<A> keep_;
-  A d_[Rows * kLongestRun<A>];
+  // A run may end with registers that are not full.
+  static constexpr int64_t kStride = kLongestRun<A> + 2 * kLanes<A>;
+  A d_[Rows * kStride];
 };
 
 }  // namespace

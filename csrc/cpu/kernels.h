@@ -7,23 +7,6 @@ namespace fused_norm {
 
 enum class Dtype : int { f64, f32, bf16, f16 };
 
-// Rows of `n` elements. A group is `rows_per_group` consecutive rows; weight and bias hold one set of n, or one per group.
-struct NormForward {
-  const void* x;
-  const void* weight;  // may be null
-  const void* bias;    // may be null
-  void* y;             // contiguous
-  void* rstd;          // one a row, in the accumulation type; null if not wanted
-  void* mean;          // likewise; null for rms too
-  int64_t n;
-  int64_t x_stride;        // elements from one row to the next
-  int64_t rows_per_group;
-  int64_t weight_stride;   // 0: shared by all groups; n: one set a group
-  int64_t bias_stride;     // likewise
-  double eps;
-  bool cast;               // xhat is rounded to x's type before the weight and the bias
-};
-
 // An element is kept where its random word is at least `threshold`, and multiplied by `scale` then.
 struct Dropout {
   bool any;            // false: nothing is dropped, and the rest is not looked at
@@ -40,7 +23,29 @@ struct AddRows {
   int64_t n;
   int64_t x_stride;        // elements from one row to the next
   int64_t residual_stride;
+  Dtype x_dtype;           // the sum's, or bf16 or f16 beside f32
+  int64_t x_size;          // bytes of an element of x
   Dropout dropout;
+  bool past_cache;         // as in NormForward
+};
+
+// Rows of `n` elements. A group is `rows_per_group` consecutive rows; weight and bias hold one set of n, or one per group.
+struct NormForward {
+  const void* x;
+  const void* weight;  // may be null
+  const void* bias;    // may be null
+  void* y;             // contiguous
+  void* rstd;          // one a row, in the accumulation type; null if not wanted
+  void* mean;          // likewise; null for rms too
+  int64_t n;
+  int64_t x_stride;        // elements from one row to the next
+  int64_t rows_per_group;
+  int64_t weight_stride;   // 0: shared by all groups; n: one set a group
+  int64_t bias_stride;     // likewise
+  double eps;
+  bool cast;               // xhat is rounded to x's type before the weight and the bias
+  bool past_cache;         // y is so large that it is best written past the caches
+  const AddRows* before;   // the rows are this sum, which is made on the way (x and x_stride are not looked at); may be null
 };
 
 // What becomes of d = dx + dsummed, before it is rounded, where the norm is that of a sum, and x's gradient is not the sum's.
@@ -72,6 +77,7 @@ struct NormBackward {
   int64_t weight_stride;
   int64_t chunks_per_group;
   int64_t rows_per_chunk;
+  bool past_cache;       // as in NormForward, of dx, or of what `after` gives
 };
 
 // Chunks as for NormBackward. What ddx, ddw and ddb stand for when null are zeros.
@@ -159,8 +165,6 @@ struct Kernels {
   const char* name;
   // rows [begin, end)
   void (*norm_forward)(Dtype dtype, Dtype weight_dtype, bool rms, const NormForward&, int64_t begin, int64_t end);
-  // rows [begin, end); `dtype` is residual's and the sum's, `x_dtype` the same, or bf16 or f16 beside f32
-  void (*add)(Dtype dtype, Dtype x_dtype, const AddRows&, int64_t begin, int64_t end);
   // chunks [begin, end), counted over all groups
   void (*norm_backward)(Dtype dtype, Dtype weight_dtype, bool rms, const NormBackward&, int64_t begin, int64_t end);
   // chunks [begin, end), counted over all groups; `param_dtype` is that of weight, ddw and ddb

@@ -6,5 +6,5 @@
 #include "ticks_forward.h"
 
 const fused_norm::Kernels fused_norm::kernels_avx2 = {
-    "avx2", norm_forward, add, norm_backward, norm_double_backward, reduce_partials, ticks_forward, ticks_backward, widen,
+    "avx2", norm_forward, norm_backward, norm_double_backward, reduce_partials, ticks_forward, ticks_backward, widen,
 };

@@ -14,58 +14,75 @@
 namespace fused_norm {
 namespace {
 
+// One register's columns of dy, x and the weight.
+template <typename A>
+struct BackwardColumns {
+  Vec<A> dy, x, w;
+};
+
 template <typename A>
 struct RowSums {
   A g, gd;  // sum(g), sum(g*(x - mean))
 };
+// The same, lane by lane.
+template <typename A>
+struct BackwardSums {
+  Vec<A> g = {}, gd = {};
+  FUSED_NORM_INLINE BackwardSums operator+(const BackwardSums& o) const { return {g + o.g, gd + o.gd}; }
+  FUSED_NORM_INLINE BackwardSums& operator+=(const BackwardSums& o) { return *this = *this + o; }
+};
 
-// sum(g) and sum(g*(x - mean)) over one row, accumulated as in sum_row (norm_forward.h).
-//
-// The lines of `dx`, which the second sweep will write, are asked for meanwhile: a store to a line that is not in cache must fetch it
-// first, and there the wait would be for memory.
-template <typename T, typename W, bool Rms, bool HasWeight, typename A = Acc<T>>
-FUSED_NORM_NOINLINE RowSums<A> backward_sums(const T* dy, const T* x, const T* dx, const W* weight, A mean, int64_t n, const Tail<A>& tail) {
-  using V = Vec<A>;
-  constexpr int64_t L = kLanes<A>, kRounds = 64;
-  const V vmean = splat<A>(mean);
-  const auto add = [&](V dyv, V xv, V wv, V& g_sum, V& gd_sum) {
-    const V g = HasWeight ? dyv * wv : dyv;
-    if constexpr (!Rms) g_sum += g;
-    gd_sum = fma(g, Rms ? xv : xv - vmean, gd_sum);
-  };
-  const auto add_at = [&](int64_t i, V& g_sum, V& gd_sum) {
-    __builtin_prefetch(dx + i, 1, 2);
-    add(load(dy + i), load(x + i), HasWeight ? (V)load(weight + (HasWeight ? i : 0)) : V{}, g_sum, gd_sum);
-  };
-  V g_total = {}, gd_total = {};
-  int64_t i = 0;
-  while (n - i >= 4 * L) {
-    const int64_t rounds = (n - i) / (4 * L);
-    const int64_t end = i + 4 * L * (rounds < kRounds ? rounds : kRounds);
-    V g0 = {}, g1 = {}, g2 = {}, g3 = {}, d0 = {}, d1 = {}, d2 = {}, d3 = {};
-    for (; i < end; i += 4 * L) {
-      add_at(i, g0, d0);
-      add_at(i + L, g1, d1);
-      add_at(i + 2 * L, g2, d2);
-      add_at(i + 3 * L, g3, d3);
-    }
-    if constexpr (!Rms) g_total += (g0 + g1) + (g2 + g3);
-    gd_total += (d0 + d1) + (d2 + d3);
-  }
-  for (; n - i >= L; i += L) add_at(i, g_total, gd_total);
-  if (tail.any) {
-    V g = {}, gd = {};
-    add(tail.load(dy), tail.load(x), HasWeight ? (V)tail.load(weight) : V{}, g, gd);
-    g_total += tail.keep(g);
-    gd_total += tail.keep(gd);
-  }
-  return {Rms ? A(0) : sum_lanes(g_total), sum_lanes(gd_total)};
+// Two registers of parameters beside elements of T: held ones are in the accumulation type and in the order of T's registers.
+template <typename T, bool Held, typename P>
+FUSED_NORM_INLINE Two<Acc<T>> params_at(const P* p) {
+  if constexpr (Held) return {load(p), load(p + kLanes<Acc<T>>)};
+  else return load_two_of<T>(p);
+}
+template <typename T, bool Held, typename P>
+FUSED_NORM_INLINE Two<Acc<T>> params_of_end(const P* p, int64_t count) {
+  if constexpr (Held) return {load(p), load(p + kLanes<Acc<T>>)};
+  else return load_end<T>(p, count);
 }
 
-// Rows [row, row + R): c1 and c2 of each, then dx of each and their share of dw and db.
-template <typename T, typename W, bool Rms, bool HasWeight, bool Dx, bool Dw, bool Db, int R, typename After, typename A = Acc<T>>
+// sum(g) and sum(g*(x - mean)) over one row.
+//
+// The lines of `dx`, which the second sweep will write, are asked for meanwhile, unless they are written past the caches: a store to a line
+// that is not in cache must fetch it first, and there the wait would be for memory.
+template <typename T, typename P, bool Rms, bool HasWeight, bool Held, typename A = Acc<T>>
+FUSED_NORM_NOINLINE RowSums<A> backward_sums(
+    const T* dy, const T* x, const T* dx, const P* weight, A mean, int64_t n, const RowEnd<T>& end) {
+  using V = Vec<A>;
+  using Columns = BackwardColumns<A>;
+  struct TwoColumns {
+    Columns a, b;
+  };
+  const V vmean = splat<A>(mean);
+  const auto two = [](Two<A> dyv, Two<A> xv, Two<A> wv) { return TwoColumns{{dyv.a, xv.a, wv.a}, {dyv.b, xv.b, wv.b}}; };
+  const Two<A> none{V{}, V{}};
+  const auto at = [&](int64_t i) {
+    if (dx) {
+      __builtin_prefetch(dx + i, 1, 2);
+      if (2 * kLanes<A> * sizeof(T) > 64) __builtin_prefetch(dx + i + kLanes<A>, 1, 2);
+    }
+    return two(load_two(dy + i), load_two(x + i), HasWeight ? params_at<T, Held>(weight + i) : none);
+  };
+  TwoColumns last{};
+  if (const int64_t i = n - end.count; end.count) {
+    last = two(load_end<T>(dy + i, end.count), load_end<T>(x + i, end.count), HasWeight ? params_of_end<T, Held>(weight + i, end.count) : none);
+  }
+  // What lies beyond the end is 0 in dy, and so in g.
+  const BackwardSums<A> sums = sum_row<BackwardSums<A>>(n, end, at, last, [&](const Columns& c, auto&&, BackwardSums<A> acc) {
+    const V g = HasWeight ? c.dy * c.w : c.dy;
+    return BackwardSums<A>{Rms ? acc.g : acc.g + g, fma(g, Rms ? c.x : c.x - vmean, acc.gd)};
+  });
+  return {Rms ? A(0) : sum_lanes(sums.g), sum_lanes(sums.gd)};
+}
+
+// Rows [row, row + R): c1 and c2 of each, then dx of each and their share of dw and db. With `stream` dx goes past the caches. While it is
+// written, what comes `ahead` rows further on is fetched.
+template <typename T, bool Rms, bool HasWeight, bool Held, bool Dx, bool Dw, bool Db, int R, typename P, typename After, typename A = Acc<T>>
 FUSED_NORM_INLINE void backward_rows(
-    const NormBackward& a, int64_t row, const W* weight, A* dw, A* db, const Tail<A>& tail, After& after) {
+    const NormBackward& a, int64_t row, const P* weight, A* dw, A* db, int64_t ahead, bool stream, const RowEnd<T>& row_end, After& after) {
   using V = Vec<A>;
   constexpr int64_t L = kLanes<A>;
   constexpr bool HasAfter = !__is_same(After, Nothing);
@@ -86,75 +103,131 @@ FUSED_NORM_INLINE void backward_rows(
       mean[r] = splat<A>(m);
       rstd[r] = splat<A>(s);
       if constexpr (Dx) {
-        const RowSums<A> sums = backward_sums<T, W, Rms, HasWeight>(dy[r], x[r], dx[r], weight, m, n, tail);
-        c1[r] = splat<A>(sums.g / (A)n);
-        c2[r] = splat<A>(sums.gd * s / (A)n);
+        const RowSums<A> sums =
+            backward_sums<T, P, Rms, HasWeight, Held>(dy[r], x[r], a.past_cache ? nullptr : dx[r], weight, m, n, row_end);
+        c1[r] = splat<A>(sums.g / (A)n * s);
+        c2[r] = splat<A>(sums.gd * s / (A)n * s);
       }
     }
   }
 
-  // One register of columns. All loads come before the stores: rows a multiple of 4096 bytes apart would otherwise make a load wait
+  // dx of one register of a row, and what it adds to dw and db.
+  const auto column = [&](int r, V dyv, V xv, V wv, V& dw_sum, V& db_sum) -> V {
+    V xhat = {};
+    if constexpr (Dx || Dw) xhat = (Rms ? xv : xv - mean[r]) * rstd[r];
+    if constexpr (Dw) dw_sum = r ? fma(dyv, xhat, dw_sum) : dyv * xhat;
+    if constexpr (Db) db_sum = r ? db_sum + dyv : dyv;
+    if constexpr (!Dx) return V{};
+    const V g = HasWeight ? dyv * wv : dyv;
+    if constexpr (Rms) return fnma(xhat, c2[r], g * rstd[r]);
+    else return fma(g, rstd[r], fnma(xhat, c2[r], -c1[r]));
+  };
+  // Two registers of columns. All loads come before the stores: rows a multiple of 4096 bytes apart would otherwise make a load wait
   // for a store to another row with the same low address bits.
-  const auto columns = [&](auto&& load_at, auto&& weight_at, auto&& store_at, auto&& sum_into) {
-    V dxv[R], dw_sum = {}, db_sum = {};
-    V wv = {};
-    if constexpr (Dx && HasWeight) wv = weight_at();
+  const auto columns = [&](auto&& load_at, Two<A> wv, auto&& store_at, auto&& sum_into) {
+    Two<A> dxv[R], dw_sum{V{}, V{}}, db_sum{V{}, V{}};
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
-      const V dyv = load_at(dy[r]);
-      V xhat = {};
-      if constexpr (Dx || Dw) {
-        const V xv = load_at(x[r]);
-        xhat = (Rms ? xv : xv - mean[r]) * rstd[r];
-      }
-      if constexpr (Dw) dw_sum = r ? fma(dyv, xhat, dw_sum) : dyv * xhat;
-      if constexpr (Db) db_sum = r ? db_sum + dyv : dyv;
-      if constexpr (Dx) {
-        const V g = HasWeight ? dyv * wv : dyv;
-        dxv[r] = rstd[r] * fnma(xhat, c2[r], Rms ? g : g - c1[r]);
-      }
+      const Two<A> dyv = load_at(dy[r]);
+      Two<A> xv{V{}, V{}};
+      if constexpr (Dx || Dw) xv = load_at(x[r]);
+      dxv[r] = {column(r, dyv.a, xv.a, wv.a, dw_sum.a, db_sum.a), column(r, dyv.b, xv.b, wv.b, dw_sum.b, db_sum.b)};
     }
     if (Dx && dsummed) {
 #pragma GCC unroll 4
-      for (int r = 0; r < R; r++) dxv[r] += load_at(dsummed + r * a.dsummed_stride);
+      for (int r = 0; r < R; r++) {
+        const Two<A> v = load_at(dsummed + r * a.dsummed_stride);
+        dxv[r] = {dxv[r].a + v.a, dxv[r].b + v.b};
+      }
     }
-    if constexpr (Dw) sum_into(dw, dw_sum);
-    if constexpr (Db) sum_into(db, db_sum);
+    if constexpr (Dw) sum_into(dw, neighbours<T>(dw_sum));
+    if constexpr (Db) sum_into(db, neighbours<T>(db_sum));
     if constexpr (Dx) {
 #pragma GCC unroll 4
       for (int r = 0; r < R; r++) store_at(r, dxv[r]);
     }
   };
+  const Two<A> none{V{}, V{}};
+  const auto weight_at = [&](int64_t i) {
+    if constexpr (Dx && HasWeight) return params_at<T, Held>(weight + i);
+    else return none;
+  };
   for (int64_t begin = 0, end; begin < n; begin = end) {
     end = HasAfter ? run_end<A>(begin, n) : n;
-    for (int64_t i = begin; i + L <= end; i += L) {
+    const auto keep_for_after = [&](int r, int64_t i, Two<A> v) {
+      if constexpr (HasAfter) {
+        store(after.at(r) + (i - begin), v.a);
+        store(after.at(r) + (i - begin) + L, v.b);
+      }
+    };
+    int64_t i = begin;
+    for (; i + 2 * L <= end; i += 2 * L) {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) {
+        fetch_lines<2 * L * sizeof(T)>(dy[r] + i + ahead * a.dy_stride);
+        if constexpr (Dx || Dw) fetch_lines<2 * L * sizeof(T)>(x[r] + i + ahead * a.x_stride);
+      }
       columns(
-          [&](const T* p) { return load(p + i); }, [&] { return load(weight + i); },
-          [&](int r, V v) {
-            if constexpr (HasAfter) store(after.at(r) + (i - begin), v);
-            else store(dx[r] + i, v);
+          [&](const T* p) { return load_two(p + i); }, weight_at(i),
+          [&](int r, Two<A> v) {
+            if constexpr (HasAfter) keep_for_after(r, i, v);
+            else if (stream) stream_two(dx[r] + i, v);
+            else store_two(dx[r] + i, v);
           },
-          [&](A* p, V v) { store(p + i, load(p + i) + v); });
+          [&](A* p, Two<A> v) {
+            store(p + i, load(p + i) + v.a);
+            store(p + i + L, load(p + i + L) + v.b);
+          });
     }
-    if (tail.any && end == n) {
+    if (const int64_t rest = end - i; rest) {
+      Two<A> wv = none;
+      if constexpr (Dx && HasWeight) wv = params_of_end<T, Held>(weight + i, rest);
       columns(
-          [&](const T* p) { return tail.load(p); }, [&] { return tail.load(weight); },
-          [&](int r, V v) {
-            if constexpr (HasAfter) tail.store(after.at(r), v, begin);
-            else tail.store(dx[r], v);
+          [&](const T* p) { return load_end<T>(p + i, rest); }, wv,
+          [&](int r, Two<A> v) {
+            if constexpr (HasAfter) keep_for_after(r, i, v);
+            else store_end(dx[r] + i, rest, v);
           },
-          [&](A* p, V v) { tail.store(p, tail.load(p) + tail.keep(v)); });
+          [&](A* p, Two<A> v) {
+            const Two<A> sum = load_end<A>(p + i, rest);
+            store_end(p + i, rest, Two<A>{sum.a + v.a, sum.b + v.b});
+          });
     }
-    if constexpr (HasAfter) after.run(row, R, begin, end, tail);
+    if constexpr (HasAfter) after.run(row, R, begin, end);
+  }
+}
+
+// A chunk's rows, with the weight as it is or held.
+template <typename T, bool Rms, bool HasWeight, bool Held, bool Dx, bool Dw, bool Db, typename P, typename After, typename A = Acc<T>>
+FUSED_NORM_INLINE void backward_chunk(
+    const NormBackward& a, int64_t row, int64_t stop, const P* weight, A* dw, A* db, bool stream, const RowEnd<T>& row_end, After& after) {
+  // Four rows share one visit to w, dw and db, as long as all of them stay in cache from the one sweep to the next.
+  constexpr int64_t kRowBytes = 65536;
+  if (a.n * (int64_t)sizeof(T) <= kRowBytes) {
+    for (; row + 4 <= stop; row += 4) {
+      // There is nothing to fetch beyond the chunk's end; the same rows again cost nothing.
+      const int64_t ahead = row + 8 <= stop ? 4 : 0;
+      backward_rows<T, Rms, HasWeight, Held, Dx, Dw, Db, 4>(a, row, weight, dw, db, ahead, stream, row_end, after);
+    }
+  }
+  for (; row < stop; row++) {
+    const int64_t ahead = row + 1 < stop ? 1 : 0;
+    backward_rows<T, Rms, HasWeight, Held, Dx, Dw, Db, 1>(a, row, weight, dw, db, ahead, stream, row_end, after);
   }
 }
 
 template <typename T, typename W, bool Rms, bool HasWeight, bool Dx, bool Dw, bool Db, bool HasAfter = false>
 void backward_chunks(const NormBackward& a, int64_t begin, int64_t end) {
   using A = Acc<T>;
+  constexpr bool Narrow = sizeof(T) == 2 && HasWeight;
   const int64_t n = a.n;
-  const Tail<A> tail(n);
+  const RowEnd<T> row_end(n);
   typename Choice<HasAfter, AfterBackward<T, 4>, Nothing>::type after(a);
+  alignas(64) A held[Narrow ? kHeldColumns : 1];
+  const bool holds = Narrow && n <= kHeldColumns;
+  // Four rows are written in turn: a store that does not fill a line would let go of it half full.
+  const bool stream = !HasAfter && Dx && a.past_cache && kStreamBytes<T> == 64 && ((uintptr_t)a.dx | n * sizeof(T)) % kStreamBytes<T> == 0;
+  const W* held_from = nullptr;
   for (int64_t chunk = begin; chunk < end; chunk++) {
     const int64_t group = chunk / a.chunks_per_group;
     const int64_t first = (chunk - group * a.chunks_per_group) * a.rows_per_chunk;
@@ -165,12 +238,18 @@ void backward_chunks(const NormBackward& a, int64_t begin, int64_t end) {
     A* db = (A*)a.db_partial + (Db ? chunk * n : 0);
     if constexpr (Dw) memset(dw, 0, n * sizeof(A));
     if constexpr (Db) memset(db, 0, n * sizeof(A));
-    int64_t row = group * a.rows_per_group + first;
-    const int64_t stop = row + rows;
-    // Four rows share one visit to w, dw and db.
-    for (; row + 4 <= stop; row += 4) backward_rows<T, W, Rms, HasWeight, Dx, Dw, Db, 4>(a, row, weight, dw, db, tail, after);
-    for (; row < stop; row++) backward_rows<T, W, Rms, HasWeight, Dx, Dw, Db, 1>(a, row, weight, dw, db, tail, after);
+    const int64_t row = group * a.rows_per_group + first;
+    if constexpr (Narrow) {
+      if (holds) {
+        if (weight != held_from) hold<T>(weight, n, held);
+        held_from = weight;
+        backward_chunk<T, Rms, HasWeight, true, Dx, Dw, Db>(a, row, row + rows, (const A*)held, dw, db, stream, row_end, after);
+        continue;
+      }
+    }
+    backward_chunk<T, Rms, HasWeight, false, Dx, Dw, Db>(a, row, row + rows, weight, dw, db, stream, row_end, after);
   }
+  if (stream) stream_fence();
 }
 
 template <typename T, typename W, bool Rms, bool HasWeight, bool HasAfter>

@@ -46,7 +46,7 @@ struct DoubleBackwardSums {
   Vec<A> t = {}, t_xhat = {}, p_g = {};
 };
 
-// sum(t), sum(t*xhat) and sum(p*g) over one row: as sum_row (norm_forward.h), but two accumulators of each kind are chains enough.
+// sum(t), sum(t*xhat) and sum(p*g) over one row: as sum_row (rows.h), but two accumulators of each kind are chains enough.
 template <typename T, typename W, bool Rms, bool HasWeight, bool HasV, typename A = Acc<T>>
 FUSED_NORM_NOINLINE void double_backward_sums(
     const DoubleBackwardRow<A>& constants, const T* u, const T* dy, const T* x, const W* weight, const W* v, int64_t n, const Tail<A>& tail,
@@ -108,7 +108,7 @@ struct DoubleBackwardParams {
 // goes the same way is nothing beside the loads, and one kernel serves every subset.
 template <typename T, typename W, bool Rms, bool Dx, int R, typename A = Acc<T>>
 FUSED_NORM_INLINE void double_backward_rows(
-    const NormDoubleBackward& args, int64_t first, const DoubleBackwardParams<W, A>& params, const Tail<A>& tail) {
+    const NormDoubleBackward& args, int64_t first, const DoubleBackwardParams<W, A>& params, const Tail<A>& tail, const RowEnd<T>& row_end) {
   using V = Vec<A>;
   constexpr int64_t L = kLanes<A>;
   const int64_t n = args.n;
@@ -134,15 +134,15 @@ FUSED_NORM_INLINE void double_backward_rows(
     const A count = (A)n, rstd = ((const A*)args.rstd)[first + r], mean = Rms ? A(0) : ((const A*)args.mean)[first + r];
     // These sweeps ask for the lines that the last will write, those of grad_dy and of grad_x. With neither there is the partial row.
     const T* const written = Dx ? grad_x[r] : (const T*)grad_w;
-    const RowSums<A> us = backward_sums<T, T, Rms, false>(u[r], x[r], has_grad_dy ? grad_dy[r] : written, nullptr, mean, n, tail);
+    const RowSums<A> us = backward_sums<T, T, Rms, false, false>(u[r], x[r], has_grad_dy ? grad_dy[r] : written, nullptr, mean, n, row_end);
     const A a = us.gd * rstd / count;
     row[r].mean = splat<A>(mean);
     row[r].rstd = splat<A>(rstd);
     row[r].u_mean = splat<A>(us.g / count);
     row[r].a = splat<A>(a);
     if constexpr (Dx) {
-      const RowSums<A> gs = weight ? backward_sums<T, W, Rms, true>(dy[r], x[r], grad_x[r], weight, mean, n, tail)
-                                   : backward_sums<T, T, Rms, false>(dy[r], x[r], grad_x[r], nullptr, mean, n, tail);
+      const RowSums<A> gs = weight ? backward_sums<T, W, Rms, true, false>(dy[r], x[r], grad_x[r], weight, mean, n, row_end)
+                                   : backward_sums<T, T, Rms, false, false>(dy[r], x[r], grad_x[r], nullptr, mean, n, row_end);
       const A b = gs.gd * rstd / count;
       row[r].minus_rstd_a = splat<A>(-rstd * a);
       row[r].minus_rstd_b = splat<A>(-rstd * b);
@@ -202,12 +202,13 @@ template <typename T, typename W, bool Rms, bool Dx>
 FUSED_NORM_NOINLINE void double_backward_chunk(
     const NormDoubleBackward& args, int64_t row, int64_t stop, const DoubleBackwardParams<W, Acc<T>>& params) {
   const Tail<Acc<T>> tail(args.n);
+  const RowEnd<T> row_end(args.n);
   // Two rows share one visit to the parameters and to grad_w. With grad_x the constants of two fill the registers, and they gain next to
   // nothing.
   if constexpr (!Dx) {
-    for (; row + 2 <= stop; row += 2) double_backward_rows<T, W, Rms, Dx, 2>(args, row, params, tail);
+    for (; row + 2 <= stop; row += 2) double_backward_rows<T, W, Rms, Dx, 2>(args, row, params, tail, row_end);
   }
-  for (; row < stop; row++) double_backward_rows<T, W, Rms, Dx, 1>(args, row, params, tail);
+  for (; row < stop; row++) double_backward_rows<T, W, Rms, Dx, 1>(args, row, params, tail, row_end);
 }
 
 // grad_dy without u: v*xhat + c.

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "rows.h"
 #include "vec.h"
 
 namespace fused_norm {
@@ -34,29 +35,6 @@ FUSED_NORM_INLINE A softcapped(A z, A softcap) {
   return softcap ? softcap * tanh_and_slope<A>(splat<A>(z) / softcap).value[0] : z;
 }
 
-// Runs f(i) for every register of `count` elements, and `last` for what is left.
-template <typename A, typename F, typename Last>
-FUSED_NORM_INLINE void for_registers(int64_t count, const F& f, const Last& last) {
-  constexpr int64_t L = kLanes<A>;
-  int64_t i = 0;
-  for (; i + L <= count; i += L) f(i);
-  if (i < count) last(i, (int)(count - i));
-}
-
-// The first `count` elements at p, fewer than a register holds; the other lanes are 0.
-template <typename T>
-FUSED_NORM_INLINE Vec<Acc<T>> load_first(const T* p, int count) {
-  T copy[kLanes<Acc<T>>] = {};
-  for (int i = 0; i < count; i++) copy[i] = p[i];
-  return load(copy);
-}
-template <typename T>
-FUSED_NORM_INLINE void store_first(T* p, Vec<Acc<T>> v, int count) {
-  T copy[kLanes<Acc<T>>];
-  store(copy, v);
-  for (int i = 0; i < count; i++) p[i] = copy[i];
-}
-
 // A block's logits in the type of the arithmetic, capped; with `Slope` also 1 - tanh(z/s)^2.
 template <bool Slope, typename T, typename A = Acc<T>>
 FUSED_NORM_NOINLINE void cap_block(const T* z, int64_t count, A softcap, A* capped, A* slope) {
@@ -80,7 +58,7 @@ FUSED_NORM_NOINLINE void cap_block(const T* z, int64_t count, A softcap, A* capp
       });
 }
 
-// The same without a cap: a mere conversion.
+// Elements in the type of the arithmetic.
 template <typename T, typename A = Acc<T>>
 FUSED_NORM_NOINLINE void widen_block(const T* from, int64_t count, A* to) {
   for_registers<A>(

@@ -31,28 +31,6 @@ struct TicksSums {
   }
 };
 
-// The last columns of a row that do not fill two registers, as two registers whose other lanes `keep` clears.
-template <typename S, typename A = Acc<S>>
-struct RowEnd {
-  static constexpr int columns = 2 * kLanes<A>;
-  int count;
-  Mask<A> a, b;  // all ones for lanes that hold elements
-
-  explicit RowEnd(int64_t classes) : count((int)(classes % columns)) {
-    S ones[columns];
-    for (int i = 0; i < columns; i++) store_one(ones + i, i < count ? 1 : 0);
-    const Two<A> v = load_two(ones);
-    a = v.a != 0;
-    b = v.b != 0;
-  }
-  template <typename T>
-  FUSED_NORM_INLINE Two<A> load(const T* p) const {
-    T copy[columns] = {};
-    for (int i = 0; i < count; i++) copy[i] = p[i];
-    return load_two(copy);
-  }
-};
-
 template <typename S, typename A = Acc<S>>
 FUSED_NORM_INLINE A largest_of_block(const S* z, int64_t count, const RowEnd<S>& end) {
   using V = Vec<A>;
@@ -70,7 +48,7 @@ FUSED_NORM_INLINE A largest_of_block(const S* z, int64_t count, const RowEnd<S>&
     i += 2 * L;
   }
   if (i < count) {
-    const Two<A> v = end.load(z + i);
+    const Two<A> v = load_end<S>(z + i, end.count);
     raise({select(end.a, v.a, lowest), select(end.b, v.b, lowest)}, n);
   }
   return largest_lane(larger(larger(m.a, m.b), larger(n.a, n.b)));
@@ -127,8 +105,8 @@ FUSED_NORM_INLINE void add_block(const S* z, const A* mass, A m, int64_t count, 
     i += 2 * L;
   }
   if (i < count) {
-    const Two<A> a = Kind == Mass::array ? end.load(mass + i) : Two<A>{};
-    s = s + terms_of_two(end.load(z + i), a, [&](V v) { return clear(~end.a, v); }, [&](V v) { return clear(~end.b, v); });
+    const Two<A> a = Kind == Mass::array ? load_end<S>(mass + i, end.count) : Two<A>{};
+    s = s + terms_of_two(load_end<S>(z + i, end.count), a, [&](V v) { return clear(~end.a, v); }, [&](V v) { return clear(~end.b, v); });
   }
   sums.rest += (double)sum_lanes(s.rest);
   if constexpr (Top) sums.top += (double)sum_lanes(s.top);

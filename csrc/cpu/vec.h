@@ -425,7 +425,7 @@ FUSED_NORM_INLINE Tanh<A> tanh_and_slope(Vec<A> x) {
 // ---- two registers at a time ----
 //
 // Elements p[0 .. 2*lanes), each in some lane of one of the two: for bf16 one has those of even, the other those of odd index, which saves
-// the moves between lanes. For sums, and for elementwise results that go back by store_two.
+// the moves between lanes. For sums, and for elementwise results that go back by store_two or stream_two.
 template <typename A>
 struct Two {
   Vec<A> a, b;
@@ -439,17 +439,114 @@ FUSED_NORM_INLINE Two<float> load_two(const BFloat16* p) {
   memcpy(&both, p, sizeof both);
   return {(VecF)(both << 16), (VecF)(both & 0xffff0000u)};
 }
-// For numbers that are not NaN.
+
+// Two registers of neighbours in the order that load_two has for T, for what stands beside elements of T.
+template <typename T>
+FUSED_NORM_INLINE Two<Acc<T>> order_two(Vec<Acc<T>> a, Vec<Acc<T>> b) {
+  if constexpr (!__is_same(T, BFloat16)) return {a, b};
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  return {(Vec<Acc<T>>)_mm512_permutex2var_ps((__m512)a, even, (__m512)b), (Vec<Acc<T>>)_mm512_permutex2var_ps((__m512)a, odd, (__m512)b)};
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m256 even = _mm256_shuffle_ps((__m256)a, (__m256)b, 0x88), odd = _mm256_shuffle_ps((__m256)a, (__m256)b, 0xdd);
+  return {
+      (Vec<Acc<T>>)_mm256_permute4x64_pd((__m256d)even, 0xd8), (Vec<Acc<T>>)_mm256_permute4x64_pd((__m256d)odd, 0xd8)};
+#else
+  constexpr int L = kLanes<Acc<T>>;
+  Two<Acc<T>> v;
+  for (int i = 0; i < L; i++) {
+    v.a[i] = 2 * i < L ? a[2 * i] : b[2 * i - L];
+    v.b[i] = 2 * i < L ? a[2 * i + 1] : b[2 * i + 1 - L];
+  }
+  return v;
+#endif
+}
+// And back.
+template <typename T>
+FUSED_NORM_INLINE Two<Acc<T>> neighbours(Two<Acc<T>> v) {
+  if constexpr (!__is_same(T, BFloat16)) return v;
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  return {
+      (Vec<Acc<T>>)_mm512_permutex2var_ps((__m512)v.a, low, (__m512)v.b), (Vec<Acc<T>>)_mm512_permutex2var_ps((__m512)v.a, high, (__m512)v.b)};
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m256 low = _mm256_unpacklo_ps((__m256)v.a, (__m256)v.b), high = _mm256_unpackhi_ps((__m256)v.a, (__m256)v.b);
+  return {(Vec<Acc<T>>)_mm256_permute2f128_ps(low, high, 0x20), (Vec<Acc<T>>)_mm256_permute2f128_ps(low, high, 0x31)};
+#else
+  constexpr int L = kLanes<Acc<T>>;
+  Two<Acc<T>> out;
+  for (int i = 0; i < L; i++) {
+    out.a[i] = i % 2 ? v.b[i / 2] : v.a[i / 2];
+    out.b[i] = i % 2 ? v.b[(L + i) / 2] : v.a[(L + i) / 2];
+  }
+  return out;
+#endif
+}
+template <typename T, typename P>
+FUSED_NORM_INLINE Two<Acc<T>> load_two_of(const P* p) {
+  if constexpr (__is_same(T, P)) return load_two(p);
+  else return order_two<T>(load(p), load(p + kLanes<Acc<T>>));
+}
+
+// bf16's bits in the upper half of each lane, to nearest even as store has it (there a NaN becomes the usual one, here it stays what it is:
+// no NaN that arithmetic gives is one in the lower half alone), and whatever in the lower.
+FUSED_NORM_INLINE VecU round_bf16(VecF v) {
+  const VecU u = (VecU)v;
+#if defined(CPU_CAPABILITY_AVX512)
+  const __mmask16 odd = _mm512_test_epi32_mask((__m512i)u, _mm512_set1_epi32(0x10000));
+  const __mmask16 number = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_ORD_Q);
+  const __m512i half = _mm512_mask_blend_epi32(odd, _mm512_set1_epi32(0x7fff), _mm512_set1_epi32(0x8000));
+  return (VecU)_mm512_mask_add_epi32((__m512i)u, number, (__m512i)u, half);
+#else
+  return u + ((((u >> 16) & 1u) + 0x7fffu) & (VecU)(v == v));
+#endif
+}
+FUSED_NORM_INLINE VecU merge_bf16(Two<float> v) { return (round_bf16(v.a) >> 16) | (round_bf16(v.b) & 0xffff0000u); }
+
 template <typename T>
 FUSED_NORM_INLINE void store_two(T* p, Two<Acc<T>> v) {
   store(p, v.a);
   store(p + kLanes<Acc<T>>, v.b);
 }
 FUSED_NORM_INLINE void store_two(BFloat16* p, Two<float> v) {
-  const VecU a = (VecU)v.a + 0x7fffu, b = (VecU)v.b + 0x7fffu;  // to nearest even, as store does
-  const VecU both = ((a + (((VecU)v.a >> 16) & 1u)) >> 16) | ((b + (((VecU)v.b >> 16) & 1u)) & 0xffff0000u);
+  const VecU both = merge_bf16(v);
   memcpy(p, &both, sizeof both);
 }
+
+// The same past the caches: no line is fetched only to be written over, and none that is in use makes way. For results larger than the caches.
+// p must be a multiple of kStreamBytes<T>, and stream_fence must follow the last.
+template <typename T>
+constexpr int64_t kStreamBytes = 2 * kLanes<Acc<T>> * sizeof(T) < 64 ? 2 * kLanes<Acc<T>> * sizeof(T) : 64;
+
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+#if defined(CPU_CAPABILITY_AVX512)
+FUSED_NORM_INLINE void stream(void* p, VecU v) { _mm512_stream_si512((__m512i*)p, (__m512i)v); }
+#else
+FUSED_NORM_INLINE void stream(void* p, VecU v) { _mm256_stream_si256((__m256i*)p, (__m256i)v); }
+#endif
+template <typename T>
+FUSED_NORM_INLINE void stream_two(T* p, Two<Acc<T>> v) {
+  if constexpr (__is_same(T, BFloat16)) {
+    stream(p, merge_bf16(v));
+  } else if constexpr (__is_same(T, Half)) {
+    T both[2 * kLanes<float>];
+    store_two(both, v);
+    VecU bits;
+    memcpy(&bits, both, sizeof bits);
+    stream(p, bits);
+  } else {
+    stream(p, (VecU)v.a);
+    stream(p + kLanes<T>, (VecU)v.b);
+  }
+}
+FUSED_NORM_INLINE void stream_fence() { _mm_sfence(); }
+#else
+template <typename T>
+FUSED_NORM_INLINE void stream_two(T* p, Two<Acc<T>> v) { store_two(p, v); }
+FUSED_NORM_INLINE void stream_fence() {}
+#endif
 
 // One element, for what is not worth a vector.
 FUSED_NORM_INLINE float load_one(const float* p) { return *p; }
@@ -459,6 +556,29 @@ FUSED_NORM_INLINE float load_one(const T* p) {
   T lanes[kLanes<float>] = {};
   lanes[0] = *p;
   return load(lanes)[0];
+}
+
+// Runs f(i) for every register of `count` elements, and `last` for what is left.
+template <typename A, typename F, typename Last>
+FUSED_NORM_INLINE void for_registers(int64_t count, const F& f, const Last& last) {
+  constexpr int64_t L = kLanes<A>;
+  int64_t i = 0;
+  for (; i + L <= count; i += L) f(i);
+  if (i < count) last(i, (int)(count - i));
+}
+
+// The first `count` elements at p, fewer than a register holds; the other lanes are 0.
+template <typename T>
+FUSED_NORM_INLINE Vec<Acc<T>> load_first(const T* p, int count) {
+  T copy[kLanes<Acc<T>>] = {};
+  for (int i = 0; i < count; i++) copy[i] = p[i];
+  return load(copy);
+}
+template <typename T>
+FUSED_NORM_INLINE void store_first(T* p, Vec<Acc<T>> v, int count) {
+  T copy[kLanes<Acc<T>>];
+  store(copy, v);
+  for (int i = 0; i < count; i++) p[i] = copy[i];
 }
 
 // The last n % lanes elements of a row, where there are any.

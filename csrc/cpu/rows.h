@@ -1,0 +1,132 @@
+// Rows: their end, which does not fill two registers, and what is done with a row as a whole.
+#pragma once
+
+#include "vec.h"
+
+namespace fused_norm {
+namespace {
+
+// The last `count` elements of a row, fewer than two registers hold; the other lanes are 0. In the order of T's registers.
+template <typename T, typename P>
+FUSED_NORM_INLINE Two<Acc<T>> load_end(const P* p, int64_t count) {
+  P copy[2 * kLanes<Acc<T>>] = {};
+  memcpy(copy, p, count * sizeof(P));
+  return load_two_of<T>(copy);
+}
+template <typename T>
+FUSED_NORM_INLINE void store_end(T* p, int64_t count, Two<Acc<T>> v) {
+  T copy[2 * kLanes<Acc<T>>];
+  store_two(copy, v);
+  memcpy(p, copy, count * sizeof(T));
+}
+
+// Which lanes of its last two registers a row of n elements of T fills.
+template <typename T, typename A = Acc<T>>
+struct RowEnd {
+  int64_t count;  // elements there: 0 if the row fills whole registers
+  Mask<A> a, b;   // all ones for lanes that hold one
+
+  explicit RowEnd(int64_t n) : count(n % (2 * kLanes<A>)) {
+    for (int i = 0; i < kLanes<A>; i++) {
+      a[i] = i < count ? -1 : 0;
+      b[i] = i + kLanes<A> < count ? -1 : 0;
+    }
+    const Two<A> v = order_two<T>((Vec<A>)a, (Vec<A>)b);
+    a = (Mask<A>)v.a;
+    b = (Mask<A>)v.b;
+  }
+};
+
+// Writes n elements from y on. `value(i)` gives the two registers that begin at element i, in the order of T's, `last(i)` those of the end, and
+// `ahead(i)` is called before each. Rows that begin at a multiple of kStreamBytes may go past the caches.
+template <typename T, typename Value, typename Last, typename Next>
+FUSED_NORM_INLINE void write_row(T* y, int64_t n, bool past_cache, const Value& value, const Last& last, const Next& ahead) {
+  constexpr int64_t kTwo = 2 * kLanes<Acc<T>>;
+  int64_t i = 0;
+  if (past_cache && (uintptr_t)y % kStreamBytes<T> == 0) {
+    for (; i + kTwo <= n; i += kTwo) {
+      ahead(i);
+      stream_two(y + i, value(i));
+    }
+  } else {
+    for (; i + kTwo <= n; i += kTwo) {
+      ahead(i);
+      store_two(y + i, value(i));
+    }
+  }
+  if (i < n) store_end(y + i, n - i, last(i));
+}
+
+// Sums over a row of n columns, of type R (a register, or several): `add(v, keep, acc)` returns acc plus the terms of v, one of the two that
+// `at(i)` gives for the columns [i, i + two). `last` is the RowEnd's two; what they hold beyond the row's end `keep` clears from the terms.
+//
+// Four accumulators, which are added up every 64 rounds: a chain of additions is never long, and so neither is its error.
+template <typename R, typename T, typename At, typename Last, typename Add, typename A = Acc<T>>
+FUSED_NORM_INLINE R sum_row(int64_t n, const RowEnd<T>& end, const At& at, const Last& last, const Add& add) {
+  constexpr int64_t kTwo = 2 * kLanes<A>, kRounds = 64;
+  const auto whole = [](Vec<A> v) { return v; };
+  R total = {};
+  int64_t i = 0;
+  while (n - i >= 2 * kTwo) {
+    const int64_t rounds = (n - i) / (2 * kTwo);
+    const int64_t stop = i + 2 * kTwo * (rounds < kRounds ? rounds : kRounds);
+    R a0 = {}, a1 = {}, a2 = {}, a3 = {};
+    for (; i < stop; i += 2 * kTwo) {
+      const Last v = at(i), w = at(i + kTwo);
+      a0 = add(v.a, whole, a0);
+      a1 = add(v.b, whole, a1);
+      a2 = add(w.a, whole, a2);
+      a3 = add(w.b, whole, a3);
+    }
+    total += (a0 + a1) + (a2 + a3);
+  }
+  if (n - i >= kTwo) {
+    const Last v = at(i);
+    total = add(v.b, whole, add(v.a, whole, total));
+  }
+  if (end.count) {
+    const auto keep = [](Mask<A> mask) { return [mask](Vec<A> v) { return (Vec<A>)((Mask<A>)v & mask); }; };
+    total = add(last.b, keep(end.b), add(last.a, keep(end.a), total));
+  }
+  return total;
+}
+
+// Columns that are held in the type of the arithmetic, in L1 or little beyond it.
+constexpr int64_t kHeldColumns = 8192;
+
+// Up to two lines of memory that will be read next.
+template <int64_t Bytes>
+FUSED_NORM_INLINE void fetch_lines(const void* p) {
+  __builtin_prefetch(p);
+  if constexpr (Bytes > 64) __builtin_prefetch((const char*)p + 64);
+}
+
+// Memory that will be read next: the row's elements, `size` bytes each, and those of a second row, if there is one.
+struct Ahead {
+  const char* first;
+  const char* second;  // may be null
+  int64_t first_size, second_size;
+
+  // What `Bytes` bytes are of the wider of the two, from element i on.
+  template <int64_t Bytes>
+  FUSED_NORM_INLINE void fetch(int64_t i) const {
+    fetch_lines<Bytes>(first + i * first_size);
+    if (second) fetch_lines<Bytes>(second + i * second_size);
+  }
+};
+
+// Elements of `from` in the accumulation type and in the order of T's registers, with zeros to fill the last.
+template <typename T, typename P, typename A = Acc<T>>
+FUSED_NORM_NOINLINE void hold(const P* from, int64_t n, A* held) {
+  constexpr int64_t L = kLanes<A>;
+  const auto put = [&](int64_t i, Two<A> v) {
+    store(held + i, v.a);
+    store(held + i + L, v.b);
+  };
+  int64_t i = 0;
+  for (; i + 2 * L <= n; i += 2 * L) put(i, load_two_of<T>(from + i));
+  if (i < n) put(i, load_end<T>(from + i, n - i));
+}
+
+}  // namespace
+}  // namespace fused_norm
