@@ -103,9 +103,11 @@ std::tuple<Tensor, std::optional<Tensor>> norm_forward(
   f.a.x = data_of(x, "x");
   f.a.x_stride = rows.stride;
   f.a.y = y.mutable_data_ptr();
-  f.a.past_cache = past_cache(x.numel() * size_of(rows.dtype));
+  f.a.past_cache = past_cache(y, x.numel() * size_of(rows.dtype));
+  f.a.share = share_each(rows.count, n);
   const Kernels& k = kernels();
-  parallel(rows.count, n, [&](int64_t begin, int64_t end) { k.norm_forward(rows.dtype, f.param, rms, f.a, begin, end); });
+  if (f.a.share) k.norm_forward(rows.dtype, f.param, rms, f.a, 0, rows.count);
+  else parallel(rows.count, n, [&](int64_t begin, int64_t end) { k.norm_forward(rows.dtype, f.param, rms, f.a, begin, end); });
   return {std::move(y), std::move(f.stats)};
 }
 
@@ -200,15 +202,21 @@ std::tuple<Tensor, Tensor> run_backward(
   a.rows_per_group = rows.per_group;
   a.chunks_per_group = chunks.per_group;
   a.rows_per_chunk = chunks.rows;
-  a.past_cache = past_cache(x.numel() * size_of(rows.dtype));
-  Tensor dw_partial = empty({need_dw ? groups * chunks.per_group : 0, n}, acc);
+  a.share = share_each(groups * chunks.per_group, n);
+  // Beside dx, the kernel has no variant for db without dw: it is wanted too seldom.
+  const bool sums_dw = need_dw || (need_db && (a.dx || a.after));
+  Tensor dw_partial = empty({sums_dw ? groups * chunks.per_group : 0, n}, acc);
   Tensor db_partial = empty({need_db ? groups * chunks.per_group : 0, n}, acc);
-  a.dw_partial = need_dw ? dw_partial.mutable_data_ptr() : nullptr;
+  a.dw_partial = sums_dw ? dw_partial.mutable_data_ptr() : nullptr;
   a.db_partial = need_db ? db_partial.mutable_data_ptr() : nullptr;
   const Kernels& k = kernels();
-  parallel(groups * chunks.per_group, chunks.rows * n, [&](int64_t begin, int64_t end) {
-    k.norm_backward(rows.dtype, weight_dtype, rms, a, begin, end);
-  });
+  if (a.share) {
+    k.norm_backward(rows.dtype, weight_dtype, rms, a, 0, groups * chunks.per_group);
+  } else {
+    parallel(groups * chunks.per_group, chunks.rows * n, [&](int64_t begin, int64_t end) {
+      k.norm_backward(rows.dtype, weight_dtype, rms, a, begin, end);
+    });
+  }
   Tensor dw = need_dw ? reduce(dw_partial, rows, groups, chunks.per_group, out_dtype) : empty({0}, out_dtype);
   Tensor db = need_db ? reduce(db_partial, rows, groups, chunks.per_group, out_dtype) : empty({0}, out_dtype);
   return {std::move(dw), std::move(db)};
@@ -223,6 +231,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(
   NormBackward a{};
   Tensor dx = need_dx ? empty_like(x, rows.dtype) : empty({0}, rows.dtype);
   a.dx = need_dx ? dx.mutable_data_ptr() : nullptr;
+  a.past_cache = need_dx && past_cache(dx, x.numel() * size_of(rows.dtype));
   auto [dw, db] = run_backward(a, rows, dy, x, stats, weight, groups, rms, param_dtype, need_dw, need_db);
   return {std::move(dx), std::move(dw), std::move(db)};
 }
@@ -325,7 +334,7 @@ std::tuple<Tensor, Tensor, Tensor> add_norm_forward(
   Forward f = prepare_forward(rows, weight, bias, 1, eps, rms, need_stats, cast, "residual");
   Tensor summed = empty_like(residual, rows.dtype), y = empty_like(residual, rows.dtype);
   add.summed = summed.mutable_data_ptr();
-  add.past_cache = f.a.past_cache = past_cache(x.numel() * size_of(rows.dtype));
+  add.past_cache = f.a.past_cache = past_cache(y, x.numel() * size_of(rows.dtype));
   f.a.before = &add;
   f.a.y = y.mutable_data_ptr();
   const Kernels& k = kernels();
@@ -359,6 +368,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_backward(
   } else {
     a.dx = after.dresidual;
   }
+  if (gives_dx || gives_dresidual) a.past_cache = past_cache(gives_dx ? dx : dresidual, summed.numel() * size_of(gives_dx ? after.x_dtype : rows.dtype));
   auto [dw, db] = run_backward(a, rows, dy, summed, stats, weight, 1, rms, param_dtype, need_dw, need_db, "summed");
   return {std::move(dx), std::move(dresidual), std::move(dw), std::move(db)};
 }

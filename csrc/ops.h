@@ -10,6 +10,10 @@
 
 namespace fused_norm {
 
+// From how many bytes on a result is written past the caches. Below, what reads it next finds it there more cheaply than it was written; measured
+// with the readers that follow a norm. For tests it can be set.
+inline int64_t past_cache_bytes = (int64_t)8 << 20;
+
 // No stats unless they are needed: to allocate even an empty tensor is a tenth of a small call.
 std::tuple<torch::stable::Tensor, std::optional<torch::stable::Tensor>> norm_forward(
     const torch::stable::Tensor& x, const std::optional<torch::stable::Tensor>& weight, const std::optional<torch::stable::Tensor>& bias,

@@ -14,9 +14,11 @@
 
 #ifdef __linux__
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 #include "cpu/kernels.h"
+#include "ops.h"
 
 namespace fused_norm {
 
@@ -84,13 +86,17 @@ inline void advise_huge_pages(const Tensor& t, int64_t bytes) {
 #endif
 }
 
-// Whether results of so many bytes are written past the caches. What reads them next would not find them there in any case.
-inline bool past_cache(int64_t bytes) {
-  static const int64_t limit = [] {
-    const char* value = std::getenv("FUSED_NORM_PAST_CACHE_BYTES");
-    return value ? std::atoll(value) : (int64_t)8 << 20;
-  }();
-  return bytes >= limit;
+// Whether t, which is new, is best written past the caches. Not so memory that the system hands out first now: it comes zeroed, by way of them.
+inline bool past_cache(const Tensor& t, int64_t bytes) {
+  if (bytes < past_cache_bytes) return false;
+#ifdef __linux__
+  static const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+  unsigned char resident = 1;
+  (void)mincore((void*)(((uintptr_t)t.mutable_data_ptr() + bytes / 2) / page * page), 1, &resident);
+  return resident & 1;
+#else
+  return true;
+#endif
 }
 
 inline Tensor empty_contiguous(const int64_t* sizes, int64_t dim, Dtype dtype) {
@@ -125,6 +131,11 @@ inline void run(int64_t count, int64_t elements_each, void (*body)(int64_t, int6
   if (count == 1 || count * elements_each <= kGrain) return body(0, count, context);
   const int64_t grain = std::max<int64_t>(1, kGrain / elements_each);
   STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, body, context));
+}
+
+// For rows of n elements that are too few to keep all threads busy, but wide: the way to share out each. Else null.
+inline Share share_each(int64_t count, int64_t n) {
+  return n >= 2 * kGrain && count < (int64_t)torch::stable::get_num_threads() ? &run : nullptr;
 }
 
 // torch's own pool over [0, count), or the calling thread alone where the work is small.

@@ -459,6 +459,13 @@ PyObject* set_cpu_capability(PyObject*, PyObject* arg) {
   Py_RETURN_NONE;
 }
 
+PyObject* set_past_cache_bytes(PyObject*, PyObject* arg) {
+  const long long bytes = PyLong_AsLongLong(arg);
+  if (bytes == -1 && PyErr_Occurred()) return nullptr;
+  const long long before = std::exchange(fused_norm::past_cache_bytes, bytes);
+  return PyLong_FromLongLong(before);
+}
+
 // --------------------------------------------------------------------------------------------------------------------------- The module
 
 template <typename F>
@@ -476,6 +483,7 @@ PyMethodDef methods[] = {
     {"cpu_capability", cpu_capability, METH_NOARGS, "The instruction set in use: default, avx2 or avx512."},
     {"cpu_capabilities", cpu_capabilities, METH_NOARGS, "Those this machine can run, best last."},
     {"set_cpu_capability", set_cpu_capability, METH_O, "Use this one from now on."},
+    {"set_past_cache_bytes", set_past_cache_bytes, METH_O, "From how many bytes on results are written past the caches; gives what it was."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -7,6 +7,9 @@ namespace fused_norm {
 
 enum class Dtype : int { f64, f32, bf16, f16 };
 
+// Shares [0, count) out among threads, in parts worth handing out: `elements` is the size of one.
+using Share = void (*)(int64_t count, int64_t elements, void (*body)(int64_t begin, int64_t end, void* context), void* context);
+
 // An element is kept where its random word is at least `threshold`, and multiplied by `scale` then.
 struct Dropout {
   bool any;            // false: nothing is dropped, and the rest is not looked at
@@ -45,6 +48,7 @@ struct NormForward {
   double eps;
   bool cast;               // xhat is rounded to x's type before the weight and the bias
   bool past_cache;         // y is so large that it is best written past the caches
+  Share share;             // given where the rows are too few to be shared out, and so wide that each is; else null
   const AddRows* before;   // the rows are this sum, which is made on the way (x and x_stride are not looked at); may be null
 };
 
@@ -68,7 +72,7 @@ struct NormBackward {
   void* dx;            // contiguous; null if not needed
   const AddBackward* after;  // what else is done to dx, in place of storing it; may be null
   void* dw_partial;    // (groups * chunks_per_group, n) in the accumulation type; null if not needed
-  void* db_partial;    // likewise
+  void* db_partial;    // likewise; beside dx null too if dw_partial is
   int64_t n;
   int64_t dy_stride;
   int64_t x_stride;
@@ -78,6 +82,7 @@ struct NormBackward {
   int64_t chunks_per_group;
   int64_t rows_per_chunk;
   bool past_cache;       // as in NormForward, of dx, or of what `after` gives
+  Share share;           // as in NormForward
 };
 
 // Chunks as for NormBackward. What ddx, ddw and ddb stand for when null are zeros.

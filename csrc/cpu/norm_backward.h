@@ -50,7 +50,7 @@ FUSED_NORM_INLINE Two<Acc<T>> params_of_end(const P* p, int64_t count) {
 // that is not in cache must fetch it first, and there the wait would be for memory.
 template <typename T, typename P, bool Rms, bool HasWeight, bool Held, typename A = Acc<T>>
 FUSED_NORM_NOINLINE RowSums<A> backward_sums(
-    const T* dy, const T* x, const T* dx, const P* weight, A mean, int64_t n, const RowEnd<T>& end) {
+    const T* dy, const T* x, const T* dx, const P* weight, A mean, int64_t n, const RowEnd<T>& end, Share share = nullptr) {
   using V = Vec<A>;
   using Columns = BackwardColumns<A>;
   struct TwoColumns {
@@ -74,7 +74,7 @@ FUSED_NORM_NOINLINE RowSums<A> backward_sums(
   const BackwardSums<A> sums = sum_row<BackwardSums<A>>(n, end, at, last, [&](const Columns& c, auto&&, BackwardSums<A> acc) {
     const V g = HasWeight ? c.dy * c.w : c.dy;
     return BackwardSums<A>{Rms ? acc.g : acc.g + g, fma(g, Rms ? c.x : c.x - vmean, acc.gd)};
-  });
+  }, share);
   return {Rms ? A(0) : sum_lanes(sums.g), sum_lanes(sums.gd)};
 }
 
@@ -86,6 +86,8 @@ FUSED_NORM_INLINE void backward_rows(
   using V = Vec<A>;
   constexpr int64_t L = kLanes<A>;
   constexpr bool HasAfter = !__is_same(After, Nothing);
+  // Held rows are too short to be shared out, and of wide ones only one is taken at a time.
+  constexpr bool Shared = R == 1 && !Held;
   const int64_t n = a.n;
   const T* dy[R];
   const T* x[R];
@@ -104,7 +106,7 @@ FUSED_NORM_INLINE void backward_rows(
       rstd[r] = splat<A>(s);
       if constexpr (Dx) {
         const RowSums<A> sums =
-            backward_sums<T, P, Rms, HasWeight, Held>(dy[r], x[r], a.past_cache ? nullptr : dx[r], weight, m, n, row_end);
+            backward_sums<T, P, Rms, HasWeight, Held>(dy[r], x[r], a.past_cache ? nullptr : dx[r], weight, m, n, row_end, Shared ? a.share : nullptr);
         c1[r] = splat<A>(sums.g / (A)n * s);
         c2[r] = splat<A>(sums.gd * s / (A)n * s);
       }
@@ -152,8 +154,7 @@ FUSED_NORM_INLINE void backward_rows(
     if constexpr (Dx && HasWeight) return params_at<T, Held>(weight + i);
     else return none;
   };
-  for (int64_t begin = 0, end; begin < n; begin = end) {
-    end = HasAfter ? run_end<A>(begin, n) : n;
+  const auto write = [&](int64_t begin, int64_t end) {
     const auto keep_for_after = [&](int r, int64_t i, Two<A> v) {
       if constexpr (HasAfter) {
         store(after.at(r) + (i - begin), v.a);
@@ -194,6 +195,17 @@ FUSED_NORM_INLINE void backward_rows(
           });
     }
     if constexpr (HasAfter) after.run(row, R, begin, end);
+  };
+  if constexpr (HasAfter) {
+    for (int64_t begin = 0, end; begin < n; begin = end) write(begin, end = run_end<A>(begin, n));
+  } else if constexpr (Shared) {
+    constexpr int64_t kBlock = kSumBlock<A>;
+    share_out(a.share, (n + kBlock - 1) / kBlock, kBlock, [&](int64_t begin, int64_t end) {
+      write(begin * kBlock, end * kBlock < n ? end * kBlock : n);
+      if (stream) stream_fence();
+    });
+  } else {
+    write(0, n);
   }
 }
 
@@ -201,17 +213,18 @@ FUSED_NORM_INLINE void backward_rows(
 template <typename T, bool Rms, bool HasWeight, bool Held, bool Dx, bool Dw, bool Db, typename P, typename After, typename A = Acc<T>>
 FUSED_NORM_INLINE void backward_chunk(
     const NormBackward& a, int64_t row, int64_t stop, const P* weight, A* dw, A* db, bool stream, const RowEnd<T>& row_end, After& after) {
-  // Four rows share one visit to w, dw and db, as long as all of them stay in cache from the one sweep to the next.
-  constexpr int64_t kRowBytes = 65536;
-  if (a.n * (int64_t)sizeof(T) <= kRowBytes) {
-    for (; row + 4 <= stop; row += 4) {
-      // There is nothing to fetch beyond the chunk's end; the same rows again cost nothing.
-      const int64_t ahead = row + 8 <= stop ? 4 : 0;
-      backward_rows<T, Rms, HasWeight, Held, Dx, Dw, Db, 4>(a, row, weight, dw, db, ahead, stream, row_end, after);
+  // Four rows share one visit to w, dw and db, as long as all of them, and the next four, stay in cache from the one sweep to the other.
+  // Beyond the chunk's end there is nothing to fetch; the same rows again cost next to nothing.
+  const int64_t row_bytes = a.n * (int64_t)sizeof(T);
+  if constexpr (Held || sizeof(T) > 2) {
+    if (row_bytes <= (64 << 10)) {
+      for (; row + 4 <= stop; row += 4) {
+        backward_rows<T, Rms, HasWeight, Held, Dx, Dw, Db, 4>(a, row, weight, dw, db, row + 8 <= stop ? 4 : 0, stream, row_end, after);
+      }
     }
   }
   for (; row < stop; row++) {
-    const int64_t ahead = row + 1 < stop ? 1 : 0;
+    const int64_t ahead = row_bytes <= (128 << 10) && row + 1 < stop ? 1 : 0;
     backward_rows<T, Rms, HasWeight, Held, Dx, Dw, Db, 1>(a, row, weight, dw, db, ahead, stream, row_end, after);
   }
 }
@@ -257,7 +270,6 @@ void backward_params(const NormBackward& a, int64_t begin, int64_t end) {
   const bool dw = a.dw_partial, db = a.db_partial;
   if (dw && db) return backward_chunks<T, W, Rms, HasWeight, true, true, true, HasAfter>(a, begin, end);
   if (dw) return backward_chunks<T, W, Rms, HasWeight, true, true, false, HasAfter>(a, begin, end);
-  if (db) return backward_chunks<T, W, Rms, HasWeight, true, false, true, HasAfter>(a, begin, end);
   return backward_chunks<T, W, Rms, HasWeight, true, false, false, HasAfter>(a, begin, end);
 }
 

@@ -32,7 +32,7 @@ struct Moments {
 // matters to cancellation. The first registers' mean is such a pivot, unless they are unlike the rest; then it is done again about the mean.
 template <bool Rms, typename T, typename At, typename A = Acc<T>>
 FUSED_NORM_INLINE void row_stats(
-    int64_t n, const RowEnd<T>& end, A eps, const At& at, const Two<A>& last, A x0, A* mean_out, A* rstd_out) {
+    int64_t n, const RowEnd<T>& end, A eps, const At& at, const Two<A>& last, A x0, Share share, A* mean_out, A* rstd_out) {
   using V = Vec<A>;
   constexpr int64_t kTwo = 2 * kLanes<A>;
   const A count = (A)n;
@@ -41,7 +41,7 @@ FUSED_NORM_INLINE void row_stats(
     const V squares = sum_row<V>(n, end, at, last, [](V v, auto&& keep, V acc) {
       v = keep(v);
       return fma(v, v, acc);
-    });
+    }, share);
     var = sum_lanes(squares) / count;
   } else {
     A pivot = x0;
@@ -55,7 +55,7 @@ FUSED_NORM_INLINE void row_stats(
       const Moments<A> moments = sum_row<Moments<A>>(n, end, at, last, [&](V v, auto&& keep, Moments<A> acc) {
         const V d = keep(v - first);
         return Moments<A>{acc.sum + d, fma(d, d, acc.squares)};
-      });
+      }, share);
       const A off = sum_lanes(moments.sum) / count;
       mean = pivot + off;
       var = sum_lanes(moments.squares) / count - off * off;
@@ -68,7 +68,7 @@ FUSED_NORM_INLINE void row_stats(
 }
 
 // One row, of type S with parameters of type P, into y. Where S is not T, they are in the accumulation type and in the order of T's registers.
-template <typename T, typename S, typename P, bool Rms, bool HasWeight, bool HasBias, bool Cast, typename A = Acc<T>>
+template <typename T, typename S, typename P, bool Rms, bool HasWeight, bool HasBias, bool Cast, bool Shared, typename A = Acc<T>>
 FUSED_NORM_INLINE void forward_row(
     const NormForward& a, int64_t row, const S* x, const P* weight, const P* bias, const RowEnd<T>& end, const Ahead& next) {
   using V = Vec<A>;
@@ -86,7 +86,7 @@ FUSED_NORM_INLINE void forward_row(
   };
   const Two<A> last = end_of(x);
   A mean, rstd;
-  row_stats<Rms>(n, end, (A)a.eps, [&](int64_t i) { return two_at(x, i); }, last, load_one(x), &mean, &rstd);
+  row_stats<Rms>(n, end, (A)a.eps, [&](int64_t i) { return two_at(x, i); }, last, load_one(x), Shared ? a.share : nullptr, &mean, &rstd);
   if (a.rstd) ((A*)a.rstd)[row] = rstd;
   if (a.mean) ((A*)a.mean)[row] = mean;
 
@@ -101,11 +101,26 @@ FUSED_NORM_INLINE void forward_row(
   };
   const auto affine_two = [&](Two<A> v, Two<A> w, Two<A> b) { return Two<A>{affine(v.a, w.a, b.a), affine(v.b, w.b, b.b)}; };
   const Two<A> none{V{}, V{}};
-  write_row(
-      (T*)a.y + row * n, n, a.past_cache,
-      [&](int64_t i) { return affine_two(two_at(x, i), HasWeight ? two_at(weight, i) : none, HasBias ? two_at(bias, i) : none); },
-      [&](int64_t) { return affine_two(last, HasWeight ? end_of(weight) : none, HasBias ? end_of(bias) : none); },
-      [&](int64_t i) { next.fetch<2 * L * sizeof(T)>(i); });
+  T* const y = (T*)a.y + row * n;
+  const auto write = [&](int64_t begin, int64_t stop) {
+    write_row(
+        y + begin, stop - begin, a.past_cache,
+        [&](int64_t i) {
+          i += begin;
+          return affine_two(two_at(x, i), HasWeight ? two_at(weight, i) : none, HasBias ? two_at(bias, i) : none);
+        },
+        [&](int64_t) { return affine_two(last, HasWeight ? end_of(weight) : none, HasBias ? end_of(bias) : none); },
+        [&](int64_t i) { next.fetch<2 * L * sizeof(T)>(begin + i); });
+  };
+  if constexpr (Shared) {
+    constexpr int64_t kBlock = kSumBlock<A>;
+    share_out(a.share, (n + kBlock - 1) / kBlock, kBlock, [&](int64_t begin, int64_t stop) {
+      write(begin * kBlock, stop * kBlock < n ? stop * kBlock : n);
+      if (a.past_cache) stream_fence();
+    });
+  } else {
+    write(0, n);
+  }
 }
 
 template <typename T, typename W, bool Rms, bool HasWeight, bool HasBias, bool Cast = false>
@@ -157,12 +172,14 @@ void forward_rows(const NormForward& a, int64_t begin, int64_t end) {
         if (holds) {
           if (HasWeight && entered) hold<T>(weight, n, held_weight);
           if (HasBias && entered) hold<T>(bias, n, held_bias);
-          forward_row<T, A, A, Rms, HasWeight, HasBias, Cast>(a, r, held_row, held_weight, held_bias, row_end, further);
+          forward_row<T, A, A, Rms, HasWeight, HasBias, Cast, false>(a, r, held_row, held_weight, held_bias, row_end, further);
           continue;
         }
       }
       const T* const from = holds ? (const T*)held_row : x + r * x_stride;
-      forward_row<T, T, W, Rms, HasWeight, HasBias, Cast>(a, r, from, weight, bias, row_end, further);
+      // Of 16-bit rows only wide ones come here.
+      if (Narrow || a.share) forward_row<T, T, W, Rms, HasWeight, HasBias, Cast, true>(a, r, from, weight, bias, row_end, further);
+      else forward_row<T, T, W, Rms, HasWeight, HasBias, Cast, false>(a, r, from, weight, bias, row_end, further);
     }
   }
   if (a.past_cache) stream_fence();

@@ -1,6 +1,9 @@
 // Rows: their end, which does not fill two registers, and what is done with a row as a whole.
 #pragma once
 
+#include <cstdlib>
+
+#include "kernels.h"
 #include "vec.h"
 
 namespace fused_norm {
@@ -57,19 +60,28 @@ FUSED_NORM_INLINE void write_row(T* y, int64_t n, bool past_cache, const Value& 
   if (i < n) store_end(y + i, n - i, last(i));
 }
 
+// Without `share` the calling thread does it all.
+template <typename F>
+FUSED_NORM_INLINE void share_out(Share share, int64_t count, int64_t elements, const F& f) {
+  const auto body = [](int64_t begin, int64_t end, void* context) { (*(const F*)context)(begin, end); };
+  if (share) share(count, elements, body, (void*)&f);
+  else (+body)(0, count, (void*)&f);
+}
+
+// Columns that are added up by themselves: a chain of additions is never long, and so neither is its error. And one wide row can be cut there.
+template <typename A>
+constexpr int64_t kSumBlock = 256 * kLanes<A>;
+
 // Sums over a row of n columns, of type R (a register, or several): `add(v, keep, acc)` returns acc plus the terms of v, one of the two that
 // `at(i)` gives for the columns [i, i + two). `last` is the RowEnd's two; what they hold beyond the row's end `keep` clears from the terms.
-//
-// Four accumulators, which are added up every 64 rounds: a chain of additions is never long, and so neither is its error.
+// With `share` the blocks are shared out, to the same bits.
 template <typename R, typename T, typename At, typename Last, typename Add, typename A = Acc<T>>
-FUSED_NORM_INLINE R sum_row(int64_t n, const RowEnd<T>& end, const At& at, const Last& last, const Add& add) {
-  constexpr int64_t kTwo = 2 * kLanes<A>, kRounds = 64;
+FUSED_NORM_INLINE R sum_row(int64_t n, const RowEnd<T>& end, const At& at, const Last& last, const Add& add, Share share = nullptr) {
+  constexpr int64_t kTwo = 2 * kLanes<A>, kBlock = kSumBlock<A>;
   const auto whole = [](Vec<A> v) { return v; };
-  R total = {};
-  int64_t i = 0;
-  while (n - i >= 2 * kTwo) {
-    const int64_t rounds = (n - i) / (2 * kTwo);
-    const int64_t stop = i + 2 * kTwo * (rounds < kRounds ? rounds : kRounds);
+  const int64_t fours = n - n % (2 * kTwo);
+  const auto block = [&](int64_t i) {
+    const int64_t stop = fours - i < kBlock ? fours : i + kBlock;
     R a0 = {}, a1 = {}, a2 = {}, a3 = {};
     for (; i < stop; i += 2 * kTwo) {
       const Last v = at(i), w = at(i + kTwo);
@@ -78,8 +90,28 @@ FUSED_NORM_INLINE R sum_row(int64_t n, const RowEnd<T>& end, const At& at, const
       a2 = add(w.a, whole, a2);
       a3 = add(w.b, whole, a3);
     }
-    total += (a0 + a1) + (a2 + a3);
+    return (a0 + a1) + (a2 + a3);
+  };
+  R total = {};
+  R* const sums = share ? (R*)malloc((fours / kBlock + 1) * sizeof(R)) : nullptr;
+  if (sums) {
+    const int64_t blocks = (fours + kBlock - 1) / kBlock;
+    share_out(share, blocks, kBlock, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; k++) {
+        const R sum = block(k * kBlock);
+        memcpy((void*)(sums + k), &sum, sizeof sum);  // to where it may not be aligned
+      }
+    });
+    for (int64_t k = 0; k < blocks; k++) {
+      R sum;
+      memcpy((void*)&sum, sums + k, sizeof sum);
+      total += sum;
+    }
+    free(sums);
+  } else {
+    for (int64_t i = 0; i < fours; i += kBlock) total += block(i);
   }
+  int64_t i = fours;
   if (n - i >= kTwo) {
     const Last v = at(i);
     total = add(v.b, whole, add(v.a, whole, total));
