@@ -216,8 +216,9 @@ FUSED_NORM_INLINE void backward_chunk(
   // Four rows share one visit to w, dw and db, as long as all of them, and the next four, stay in cache from the one sweep to the other.
   // Beyond the chunk's end there is nothing to fetch; the same rows again cost next to nothing.
   const int64_t row_bytes = a.n * (int64_t)sizeof(T);
-  if constexpr (Held || sizeof(T) > 2) {
-    if (row_bytes <= (64 << 10)) {
+  // 16-bit rows that are too long to hold a weight for are taken one by one, also without a weight: dw has the same bits then.
+  if constexpr (Held || !HasWeight || sizeof(T) > 2) {
+    if (sizeof(T) > 2 ? row_bytes <= (64 << 10) : a.n <= kHeldColumns) {
       for (; row + 4 <= stop; row += 4) {
         backward_rows<T, Rms, HasWeight, Held, Dx, Dw, Db, 4>(a, row, weight, dw, db, row + 8 <= stop ? 4 : 0, stream, row_end, after);
       }
