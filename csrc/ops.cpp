@@ -98,8 +98,9 @@ std::tuple<Tensor, std::optional<Tensor>> norm_forward(
     const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, int64_t n, int64_t groups, double eps,
     bool rms, bool need_stats, bool cast) {
   const Rows rows = rows_of(x, n, groups);
-  Forward f = prepare_forward(rows, weight, bias, groups, eps, rms, need_stats, cast);
+  // The largest first: it then finds the place that the last one left, which small ones before it would cut into.
   Tensor y = empty_like(x, rows.dtype);
+  Forward f = prepare_forward(rows, weight, bias, groups, eps, rms, need_stats, cast);
   f.a.x = data_of(x, "x");
   f.a.x_stride = rows.stride;
   f.a.y = y.mutable_data_ptr();
@@ -331,8 +332,8 @@ std::tuple<Tensor, Tensor, Tensor> add_norm_forward(
   add.x = data_of(x, "x");
   add.residual = data_of(residual, "residual");
   add.n = n;
-  Forward f = prepare_forward(rows, weight, bias, 1, eps, rms, need_stats, cast, "residual");
   Tensor summed = empty_like(residual, rows.dtype), y = empty_like(residual, rows.dtype);
+  Forward f = prepare_forward(rows, weight, bias, 1, eps, rms, need_stats, cast, "residual");
   add.summed = summed.mutable_data_ptr();
   add.past_cache = f.a.past_cache = past_cache(y, x.numel() * size_of(rows.dtype));
   f.a.before = &add;
