@@ -12,7 +12,7 @@ from .. import functional as FF
 from ..testing import norm_truth
 from .norms import EPS, FLASH_ATTN, FLASH_ATTN_LIMIT, LIGER_LIMIT, layer_norm, rms_norm
 from .operation import Call, Inputs, Op, Provider, random_tensors, row_blocks
-from .providers import package, takes, with_providers
+from .providers import compiled, package, takes, with_providers
 from .shapes import NORM_QUICK_SHAPES, NORM_SHAPES, NORM_SWEEPS, Shape
 
 DROPOUT_P = 0.1
@@ -52,18 +52,23 @@ def make_inputs(rms: bool, both: bool, shape: Shape, dtype: torch.dtype, device:
     return Inputs({"x": x, "r": r, "w": w, "b": b}, leaves, upstream, upstream)
 
 
+def seeded(p: float, call: Call) -> Call:
+    """``call`` with the generator at its start, where it draws from it. Not a part of what torch.compile gets."""
+
+    def seeded_call(*args: Tensor | None) -> tuple[Tensor, ...]:
+        torch.manual_seed(SEED)
+        return call(*args)
+
+    return seeded_call if p else call
+
+
 def parts(norm: Call, p: float, x: Tensor, r: Tensor, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor]:
     """What one writes in torch."""
-    if p:
-        torch.manual_seed(SEED)
-        x = F.dropout(x, p)
-    summed = x + r
+    summed = (F.dropout(x, p) if p else x) + r
     return norm(F, summed, w, b), summed
 
 
 def fused(rms: bool, p: float, x: Tensor, r: Tensor, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor]:
-    if p:
-        torch.manual_seed(SEED)
     if rms:
         return FF.add_rms_norm(x, r, x.shape[-1:], w, EPS[True], dropout_p=p)
     return FF.add_layer_norm(x, r, x.shape[-1:], w, b, EPS[False], dropout_p=p)
@@ -132,12 +137,14 @@ def _peers(rms: bool, p: float, both: bool) -> tuple[Provider, ...]:
 def _op(rms: bool, p: float, both: bool) -> Op:
     name = f"{'dropout_' if p else ''}add_{'rms' if rms else 'layer'}_norm"
     used = "both outputs used (pre-norm)" if both else "the norm alone used (post-norm)"
+    torch_parts = partial(parts, rms_norm if rms else layer_norm, p)
     op = Op(
         name=name,
         group="add-norms",
         dims=("m", "n"),
-        baseline=partial(parts, rms_norm if rms else layer_norm, p),
-        fused=partial(fused, rms, p),
+        baseline=seeded(p, torch_parts),
+        compiled=lambda: seeded(p, compiled(torch_parts)),
+        fused=seeded(p, partial(fused, rms, p)),
         inputs=partial(make_inputs, rms, both),
         truths={"": lambda inputs: {}},
         truth_of_call=partial(truth, rms, p),

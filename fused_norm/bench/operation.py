@@ -118,7 +118,8 @@ class Provider:
 class Op:
     """An operation to benchmark.
 
-    ``baseline`` is what a user of torch writes; ``fused`` calls ours. ``dims`` names a shape's numbers, of `DIMS`.
+    ``baseline`` is what a user of torch writes; ``fused`` calls ours; ``compiled`` makes torch.compile's call, where
+    that is not of ``baseline`` as it is. ``dims`` names a shape's numbers, of `DIMS`.
     ``inputs(shape, dtype, device, seed)`` makes a case. ``truths[function](inputs)`` gives the fp64 truth: y, and for
     each leaf its gradient, under d and the leaf's name; ``truth_of_call(inputs, call)`` gives it in their place where
     it depends on the call, by a random mask. ``outputs`` names what a call gives, where that is more than y.
@@ -139,6 +140,7 @@ class Op:
     shapes: Shapes
     quick_shapes: Shapes
     sweeps: Mapping[str, Shapes]
+    compiled: Callable[[], Call] | None = None
     passes: tuple[str, ...] = PASSES
     outputs: tuple[str, ...] = ("y",)
     truth_of_call: Callable[[Inputs, Call], dict[str, Tensor]] | None = None

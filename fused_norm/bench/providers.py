@@ -20,7 +20,7 @@ from .operation import BASELINE, DTYPES, Call, Inputs, Op, Provider
 NOT_BY_DEFAULT = ("fused", "fused:reference")
 
 
-def _compiled(call: Call) -> Call:
+def compiled(call: Call) -> Call:
     # A static graph for each shape is the compiler's best case. A reset keeps earlier shapes from counting towards the
     # recompilation limit, past which it would quietly run eager code.
     torch.compiler.reset()
@@ -60,7 +60,7 @@ def with_providers(op: Op, kernel: str, peers: tuple[Provider, ...]) -> Op:
     """Fill in ``op.providers``: torch, torch.compile, the peers, and ours on every backend."""
     everyone = (
         Provider(BASELINE, lambda: op.baseline),
-        Provider("compile", lambda: _compiled(op.baseline)),
+        Provider("compile", op.compiled or partial(compiled, op.baseline)),
         *peers,
         fused("fused", "auto", op.fused, kernel),
         *(fused(f"fused:{backend}", backend, op.fused, kernel) for backend in ("triton", "native", "reference")),
