@@ -9,18 +9,31 @@
 namespace fused_norm {
 namespace {
 
+// Copies `bytes` bytes, fewer than two registers hold.
+FUSED_NORM_INLINE void copy_end(void* to, const void* from, int64_t bytes) {
+#if defined(CPU_CAPABILITY_AVX512)
+  // What a mask leaves out is neither read nor written.
+  for (int64_t at = 0; at < bytes; at += 64) {
+    const __mmask64 mask = bytes - at >= 64 ? ~0ull : (1ull << (bytes - at)) - 1;
+    _mm512_mask_storeu_epi8((char*)to + at, mask, _mm512_maskz_loadu_epi8(mask, (const char*)from + at));
+  }
+#else
+  memcpy(to, from, bytes);
+#endif
+}
+
 // The last `count` elements of a row, fewer than two registers hold; the other lanes are 0. In the order of T's registers.
 template <typename T, typename P>
 FUSED_NORM_INLINE Two<Acc<T>> load_end(const P* p, int64_t count) {
   P copy[2 * kLanes<Acc<T>>] = {};
-  memcpy(copy, p, count * sizeof(P));
+  copy_end(copy, p, count * sizeof(P));
   return load_two_of<T>(copy);
 }
 template <typename T>
 FUSED_NORM_INLINE void store_end(T* p, int64_t count, Two<Acc<T>> v) {
   T copy[2 * kLanes<Acc<T>>];
   store_two(copy, v);
-  memcpy(p, copy, count * sizeof(T));
+  copy_end(p, copy, count * sizeof(T));
 }
 
 // Which lanes of its last two registers a row of n elements of T fills.
@@ -41,12 +54,19 @@ struct RowEnd {
 };
 
 // Writes n elements from y on. `value(i)` gives the two registers that begin at element i, in the order of T's, `last(i)` those of the end, and
-// `ahead(i)` is called before each. Rows that begin at a multiple of kStreamBytes may go past the caches.
+// `ahead(i)` is called before each. What begins at a multiple of kStreamBytes may go past the caches.
 template <typename T, typename Value, typename Last, typename Next>
 FUSED_NORM_INLINE void write_row(T* y, int64_t n, bool past_cache, const Value& value, const Last& last, const Next& ahead) {
-  constexpr int64_t kTwo = 2 * kLanes<Acc<T>>;
+  constexpr int64_t kTwo = 2 * kLanes<Acc<T>>, kLine = kStreamBytes<T>;
   int64_t i = 0;
-  if (past_cache && (uintptr_t)y % kStreamBytes<T> == 0) {
+  // Where the registers may begin anywhere, whole lines are written after the first few elements, which are written twice; and so are the last.
+  constexpr bool kAnywhere = !__is_same(T, BFloat16);
+  const bool around = kAnywhere && n >= 2 * kTwo;
+  if (around && (uintptr_t)y % kLine) {
+    store_two(y, value(0));
+    i = (kLine - (uintptr_t)y % kLine) / sizeof(T);
+  }
+  if (past_cache && (uintptr_t)(y + i) % kLine == 0) {
     for (; i + kTwo <= n; i += kTwo) {
       ahead(i);
       stream_two(y + i, value(i));
@@ -57,7 +77,9 @@ FUSED_NORM_INLINE void write_row(T* y, int64_t n, bool past_cache, const Value& 
       store_two(y + i, value(i));
     }
   }
-  if (i < n) store_end(y + i, n - i, last(i));
+  if (i == n) return;
+  if (around) store_two(y + n - kTwo, value(n - kTwo));
+  else store_end(y + i, n - i, last(i));
 }
 
 // Without `share` the calling thread does it all.
