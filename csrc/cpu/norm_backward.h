@@ -263,7 +263,7 @@ void backward_chunks(const NormBackward& a, int64_t begin, int64_t end) {
     }
     backward_chunk<T, Rms, HasWeight, false, Dx, Dw, Db>(a, row, row + rows, weight, dw, db, stream, row_end, after);
   }
-  if (stream) stream_fence();
+  if (HasAfter ? a.past_cache : stream) stream_fence();
 }
 
 template <typename T, typename W, bool Rms, bool HasWeight, bool HasAfter>

@@ -58,8 +58,10 @@ FUSED_NORM_INLINE void row_stats(
       }, share);
       const A off = sum_lanes(moments.sum) / count;
       mean = pivot + off;
-      var = sum_lanes(moments.squares) / count - off * off;
-      if (attempt || 4 * (off * off) <= var) break;
+      const A square = off * off;
+      var = sum_lanes(moments.squares) / count;
+      if (square - square == 0) var -= square;  // not infinity from infinity
+      if (attempt || 4 * square <= var) break;
       pivot = mean;
     }
   }

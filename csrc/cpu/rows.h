@@ -92,7 +92,7 @@ FUSED_NORM_INLINE void share_out(Share share, int64_t count, int64_t elements, c
 
 // Columns that are added up by themselves: a chain of additions is never long, and so neither is its error. And one wide row can be cut there.
 template <typename A>
-constexpr int64_t kSumBlock = 256 * kLanes<A>;
+constexpr int64_t kSumBlock = 64 * kLanes<A>;
 
 // Sums over a row of n columns, of type R (a register, or several): `add(v, keep, acc)` returns acc plus the terms of v, one of the two that
 // `at(i)` gives for the columns [i, i + two). `last` is the RowEnd's two; what they hold beyond the row's end `keep` clears from the terms.
