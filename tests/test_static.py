@@ -1,0 +1,104 @@
+"""The static report of the GPU kernels: that the committed one is of these kernels, and within its limits."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "bench"))
+
+import static  # noqa: E402
+
+REPORT = ROOT / "bench" / "results" / "static-gpu.jsonl"
+
+#: Builds of a width that is no multiple of 4 spill on AMD's GPUs: the most registers.
+KNOWN_SPILLS = {"forward-1001-fp32-layer": 28, "backward-1001-fp32-layer": 28, "backward-1001-4/4-p-pre": 20}
+
+#: Bytes over the ideal's where a row is too wide to be held and read twice, by the call; all others are at 1.
+LOOPED = {
+    "layer_norm forward": 3 / 2,
+    "rms_norm forward": 3 / 2,
+    "layer_norm backward": 5 / 3,
+    "rms_norm backward": 5 / 3,
+}
+LOOPED |= dict.fromkeys(("add_layer_norm backward", "dropout_add_layer_norm backward"), 3 / 2)
+
+
+@pytest.fixture(scope="module")
+def lines() -> list[dict]:
+    return [json.loads(line) for line in REPORT.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def rows(lines: list[dict]) -> list[dict]:
+    return [line for line in lines if line["kind"] == "row"]
+
+
+def test_the_report_is_of_these_kernels(lines: list[dict]) -> None:
+    assert lines[0]["sources"] == static.digest(), "the GPU kernels have changed: run make static"
+
+
+def test_the_report_has_every_variant(rows: list[dict]) -> None:
+    found = {(r["kernel"], r["variant"], r["target"]) for r in rows}
+    for target in ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950"):
+        for kernel in static.KERNELS[:-1]:
+            missing = {(kernel, str(build), target) for _, build in static.builds(kernel)} - found
+            assert not missing, missing
+    assert {r["target"] for r in rows if r["kernel"] == "cuda"} == {"sm_80", "sm_90", "sm_100"}
+
+
+def test_nothing_spills_but_what_is_known(rows: list[dict]) -> None:
+    for r in (r for r in rows if r["kernel"] != "traffic"):
+        most = KNOWN_SPILLS.get(r["variant"], 0) if r["target"].startswith("gfx") else 0
+        assert r["stack"] == 0 and r["spills"] <= most, r
+
+
+def test_aligned_rows_move_16_bytes_at_a_time(rows: list[dict]) -> None:
+    aligned = [r for r in rows if "loads" in r and r["kernel"] not in ("cuda",) and "1001" not in r["variant"]]
+    streams = [r for r in aligned if not r["variant"].startswith("reduce")]
+    assert streams
+    for r in streams:
+        assert r["loads"].get("16", 0) > 0, r
+        assert r["stores"].get("16", 0) > 0 or (r["variant"].startswith("forward") and r["kernel"] == "ticks"), r
+
+
+def test_a_quarter_of_the_warps_are_resident(rows: list[dict]) -> None:
+    known = [r for r in rows if r.get("occupancy") is not None]
+    assert known and all(r["occupancy"] >= 0.125 for r in known), min(known, key=lambda r: r["occupancy"])
+
+
+def test_bytes_and_launches(rows: list[dict]) -> None:
+    """A row that is held moves what it must, and in layer norm's forward its pivot; a looped one what LOOPED says."""
+    traffic = [r for r in rows if r["kernel"] == "traffic"]
+    assert len(traffic) >= 36
+    for r in traffic:
+        most = LOOPED.get(r["variant"], 1) if "x32768" in r["target"] else 1
+        assert 1 <= r["bytes"] / r["ideal"] <= most + 0.001, r
+        assert r["launches"] <= (2 if "backward" in r["variant"] else 1), r
+
+
+def test_readings() -> None:
+    ptx = "ld.global.L1::evict_first.v4.b32 {a}, [b];\nld.global.b16 x;\nst.global.v2.b32 y;\nld.shared.b32 z;"
+    assert static.accesses(ptx, "ld") == {"16": 1, "2": 1} and static.accesses(ptx, "st") == {"8": 1}
+    # 128 registers in programs of 256 threads: two of them, 16 of 64 warps; 96 kB of shared memory leave room for one.
+    assert static.occupancy("sm_90", 128, 8, 0) == 0.25
+    assert static.occupancy("sm_80", 128, 8, 96 << 10) == 0.125
+    assert static.occupancy("gfx942", 128, 8, 0) is None
+
+
+@pytest.mark.slow
+def test_one_row_of_the_report_comes_out_again(rows: list[dict]) -> None:
+    """Compiled afresh, if by the compiler that made the report."""
+    import triton
+
+    module, build = static.builds("norm")[0]
+    fresh = static.triton_row("norm", module, build, "sm_90")
+    (there,) = (r for r in rows if (r["variant"], r["target"], r["kernel"]) == (str(build), "sm_90", "norm"))
+    keys = ("warps", "loads", "stores") if triton.__version__ < "3.9" else tuple(fresh)
+    assert {k: fresh[k] for k in keys} == {k: there[k] for k in keys}
