@@ -18,7 +18,7 @@ import static  # noqa: E402
 REPORT = ROOT / "bench" / "results" / "static-gpu.jsonl"
 
 #: Builds of a width that is no multiple of 4 spill on AMD's GPUs: the most registers.
-KNOWN_SPILLS = {"forward-1001-fp32-layer": 28, "backward-1001-fp32-layer": 28, "backward-1001-4/4-p-pre": 20}
+KNOWN_SPILLS = {"forward-1001-fp32-layer": 28, "backward-1001-4/4-p-pre": 20}
 
 #: Bytes over the ideal's where a row is too wide to be held and read twice, by the call; all others are at 1.
 LOOPED = {
