@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import mmap
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -149,6 +153,72 @@ def test_add_norm_past_the_caches(dtypes, rms):
             return [y, summed, stats, *add_backward(*arguments)]
 
         assert_all_same(*either_way(results, rows, n, dtype), f"{rows}x{n}, p={p}")
+
+
+STORES, FENCES = ("movntdq", "vmovntdq", "movntps", "vmovntps", "movntpd", "vmovntpd"), ("sfence",)
+
+
+@functools.cache
+def instructions():
+    """Where in the library those of STORES and FENCES stand: address, name."""
+    command = ["objdump", "-d", "--no-show-raw-insn", native._C.__file__]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.findall(rf"^ *(\w+):\t({'|'.join(STORES + FENCES)})\b", listing, re.MULTILINE)
+    return [(int(address, 16), name) for address, name in found]
+
+
+def executes(names, function):
+    """Whether ``function()`` comes to such an instruction: all of them are traps in the fork that calls it."""
+    addresses = [address for address, name in instructions() if name in names]
+    child = os.fork()
+    if not child:
+        try:
+            libc = ctypes.CDLL(None)
+            libc.signal(signal.SIGTRAP, ctypes.cast(libc._exit, ctypes.c_void_p))  # and no core is dumped
+            maps = Path("/proc/self/maps").read_text().splitlines()
+            library = min(int(line.split("-")[0], 16) for line in maps if line.endswith(native._C.__file__))
+            first, last = (end(addresses, default=0) // mmap.PAGESIZE * mmap.PAGESIZE for end in (min, max))
+            size, access = last + mmap.PAGESIZE - first, mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
+            if libc.mprotect(ctypes.c_void_p(library + first), ctypes.c_size_t(size), access):
+                raise OSError("mprotect failed")
+            for address in addresses:
+                ctypes.memset(library + address, 0xCC, 1)
+            function()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert status in (0, signal.SIGTRAP << 8), f"wait status {status}"
+    return status != 0
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("objdump"), reason="takes Linux and objdump")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=dtype_id)
+def test_what_is_written_past_the_caches(dtype, capability):  # noqa: F811
+    """There the streaming stores are executed, and the fence that other threads' view of them takes; else neither."""
+    for rows, n in ((4, 256), (3, 8224)) if dtype == F32 else ((4, 256),):
+        x, weight, bias, dy = draw(rows, n, (dtype, dtype))
+        _, stats = forward(x, weight, bias, n)
+        seed = torch.tensor(5)
+        calls = {
+            "forward": functools.partial(forward, x, weight, bias, n),
+            "backward": functools.partial(backward, dy, x, stats, weight, n),
+            "add_norm forward": functools.partial(add_forward, x, dy, weight, bias, seed, 0.2),
+            "add_norm backward": functools.partial(add_backward, dy, dy, x, stats, weight, seed, 0.2, False),
+        }
+        for name, function in calls.items():
+
+            def results(function=function):
+                return either_way(function, rows, n, dtype)  # noqa: B023
+
+            # Four rows of dx are written in turn, two registers each: these must be whole lines.
+            short = name == "backward" and capability == "avx2" and dtype in (BF16, F16)
+            expected = capability != "default" and not short
+            assert executes(STORES, results) == expected, f"{rows}x{n}: {name}"
+            assert executes(FENCES, results) == expected, f"{rows}x{n}: {name}: the fence"
+            with past_caches_from(NEVER):
+                assert not executes(STORES + FENCES, function), f"{rows}x{n}: {name}, in the caches"
 
 
 # ------------------------------------------------------------------------------------------------- one row, shared out
