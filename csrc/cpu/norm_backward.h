@@ -107,8 +107,8 @@ FUSED_NORM_INLINE void backward_rows(
       if constexpr (Dx) {
         const RowSums<A> sums =
             backward_sums<T, P, Rms, HasWeight, Held>(dy[r], x[r], a.past_cache ? nullptr : dx[r], weight, m, n, row_end, Shared ? a.share : nullptr);
-        c1[r] = splat<A>(sums.g / (A)n * s);
-        c2[r] = splat<A>(sums.gd * s / (A)n * s);
+        c1[r] = splat<A>(sums.g / (A)n);
+        c2[r] = splat<A>(sums.gd * s / (A)n);
       }
     }
   }
@@ -121,8 +121,8 @@ FUSED_NORM_INLINE void backward_rows(
     if constexpr (Db) db_sum = r ? db_sum + dyv : dyv;
     if constexpr (!Dx) return V{};
     const V g = HasWeight ? dyv * wv : dyv;
-    if constexpr (Rms) return fnma(xhat, c2[r], g * rstd[r]);
-    else return fma(g, rstd[r], fnma(xhat, c2[r], -c1[r]));
+    // In this order, so that a row of one element has a gradient of exactly 0.
+    return rstd[r] * fnma(xhat, c2[r], Rms ? g : g - c1[r]);
   };
   // Two registers of columns. All loads come before the stores: rows a multiple of 4096 bytes apart would otherwise make a load wait
   // for a store to another row with the same low address bits.
