@@ -107,8 +107,9 @@ FUSED_NORM_INLINE void backward_rows(
       if constexpr (Dx) {
         const RowSums<A> sums =
             backward_sums<T, P, Rms, HasWeight, Held>(dy[r], x[r], a.past_cache ? nullptr : dx[r], weight, m, n, row_end, Shared ? a.share : nullptr);
-        c1[r] = splat<A>(sums.g / (A)n);
-        c2[r] = splat<A>(sums.gd * s / (A)n);
+        // Rounded once, as the row's every element has their error.
+        c1[r] = splat<A>((A)((double)sums.g / (double)n));
+        c2[r] = splat<A>((A)((double)sums.gd * s / (double)n));
       }
     }
   }

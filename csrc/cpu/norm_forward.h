@@ -17,9 +17,6 @@
 namespace fused_norm {
 namespace {
 
-FUSED_NORM_INLINE float square_root(float a) { return __builtin_sqrtf(a); }
-FUSED_NORM_INLINE double square_root(double a) { return __builtin_sqrt(a); }
-
 // The sum of a row's deviations and of their squares, taken in one pass.
 template <typename A>
 struct Moments {
@@ -30,13 +27,15 @@ struct Moments {
 
 // A row's mean and rstd, by one pass in most cases: about a pivot that lies near the mean, the squares of the deviations lose nothing that
 // matters to cancellation. The first registers' mean is such a pivot, unless they are unlike the rest; then it is done again about the mean.
+// What is made of the sums is made in fp64, and rounded once: a row's every element has the error of its rstd.
 template <bool Rms, typename T, typename At, typename A = Acc<T>>
 FUSED_NORM_INLINE void row_stats(
     int64_t n, const RowEnd<T>& end, A eps, const At& at, const Two<A>& last, A x0, Share share, A* mean_out, A* rstd_out) {
   using V = Vec<A>;
   constexpr int64_t kTwo = 2 * kLanes<A>;
-  const A count = (A)n;
-  A mean = 0, var;
+  const double count = (double)n;
+  A mean = 0;
+  double var;
   if constexpr (Rms) {
     const V squares = sum_row<V>(n, end, at, last, [](V v, auto&& keep, V acc) {
       v = keep(v);
@@ -56,9 +55,8 @@ FUSED_NORM_INLINE void row_stats(
         const V d = keep(v - first);
         return Moments<A>{acc.sum + d, fma(d, d, acc.squares)};
       }, share);
-      const A off = sum_lanes(moments.sum) / count;
-      mean = pivot + off;
-      const A square = off * off;
+      const double off = sum_lanes(moments.sum) / count, square = off * off;
+      mean = (A)(pivot + off);
       var = sum_lanes(moments.squares) / count;
       if (square - square == 0) var -= square;  // not infinity from infinity
       if (attempt || 4 * square <= var) break;
@@ -66,7 +64,7 @@ FUSED_NORM_INLINE void row_stats(
     }
   }
   *mean_out = mean;
-  *rstd_out = 1 / square_root(var + eps);
+  *rstd_out = (A)(1 / __builtin_sqrt(var + eps));
 }
 
 // One row, of type S with parameters of type P, into y. Where S is not T, they are in the accumulation type and in the order of T's registers.
