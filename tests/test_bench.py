@@ -28,7 +28,11 @@ TINY = ["--shapes", "6x8", "--device", "cpu"]
 NORMS, LOSSES = (OPS["layer_norm"], OPS["rms_norm"]), (OPS["ticks_cross_entropy"], OPS["linear_ticks_cross_entropy"])
 ADD_NORMS = [op for op in OPS.values() if op.group == "add-norms"]
 #: A small case of each loss.
-SHAPE = {"ticks_cross_entropy": (12, 33), "linear_ticks_cross_entropy": (12, 33, 7)}
+SHAPE = {
+    "ticks_cross_entropy": (12, 33),
+    "linear_ticks_cross_entropy": (12, 33, 7),
+    "softcap_ticks_cross_entropy": (12, 33),
+}
 
 
 def lines_of(text: str, kind: str) -> list[dict]:
@@ -496,6 +500,22 @@ def test_the_truth_of_a_loss_is_the_formulas(monkeypatch, op, rows):
             torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-15)
 
 
+def test_the_truth_of_capped_logits_is_the_formulas():
+    op = OPS["softcap_ticks_cross_entropy"]
+    inputs = op.make_inputs(SHAPE[op.name], torch.float32, CPU)
+    z = (10 * inputs.x.detach().double()).requires_grad_()  # where the cap bends them
+    lp = F.log_softmax(30 * torch.tanh(z / 30), -1)[torch.arange(12), inputs.tensors["target"]]
+    y = (-lp + 1e-3 * (lp.exp() - lp)).mean()
+    truth = op.truths[""](dataclasses.replace(inputs, tensors={**inputs.tensors, "x": z}))
+    torch.testing.assert_close(truth["y"], y.detach(), rtol=1e-11, atol=1e-15)
+    (dx,) = torch.autograd.grad(y, z, inputs.upstream.double())
+    torch.testing.assert_close(truth["dx"], dx, rtol=1e-11, atol=1e-15)
+    for provider in ("torch", "fused:reference"):
+        assert judge_among(op, inputs, op.providers[provider]).status == "ok"
+    uncapped = Provider("planted", lambda: OPS["ticks_cross_entropy"].baseline)
+    assert judge_among(op, inputs, uncapped).status == "wrong"
+
+
 class Scaled(torch.autograd.Function):
     """The identity, whose gradient is off by a thousandth."""
 
@@ -576,6 +596,20 @@ def test_one_that_is_known_to_write_over_its_input_gets_a_copy(tmp_path, plant):
     assert found["backward"]["status"] == "skipped" and "writes over its input" in found["backward"]["reason"]
     fb = found["forward+backward"]  # the gradient is the input's memory: nothing that is returned is new
     assert fb["status"] == "ok" and fb["peak_bytes"] == fb["extra_bytes"]
+
+
+def test_a_check_judges_everyone_and_times_nothing(tmp_path, plant, capsys, monkeypatch):
+    monkeypatch.setattr(timing, "time_group", None)
+    monkeypatch.chdir(tmp_path)
+    argv = [*TINY, "--check", "--op", "norms", "--dtype", "fp32", "--provider"]
+    assert main([*argv, "torch,fused:reference"]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [f"{op.name} fp32 6x8: all are right" for op in NORMS]
+    plant("planted", lambda *args: OPS["layer_norm"].baseline(*args) * 1.1, ops=[OPS["layer_norm"]])
+    assert main([*argv, "torch,planted"]) == 0
+    assert "layer_norm fp32 6x8: planted wrong: y: error" in capsys.readouterr().out
+    plant("fused:planted", lambda *args: OPS["layer_norm"].baseline(*args) * 1.1, ops=[OPS["layer_norm"]])
+    assert main([*argv, "torch,fused:planted"]) == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_exception_is_a_verdict():
@@ -1012,7 +1046,7 @@ Not timed:
     ("argv", "said"),
     [
         ("--provider nobody", "'nobody' is none of torch,"),
-        ("--op nothing", "'nothing' is none of norms, add-norms, ticks, layer_norm,"),
+        ("--op nothing", "'nothing' is none of norms, add-norms, ticks, softcap, layer_norm,"),
         ("--op linear_ticks_cross_entropy --shapes 4x5", "none of m x n x h for linear_ticks_cross_entropy"),
         ("--op linear_ticks_cross_entropy --pass backward", "has none of backward, but forward+backward,"),
         ("--op norms --provider ce:torch", "layer_norm has none of ce:torch, but torch,"),
@@ -1047,7 +1081,7 @@ def test_every_default_provider_runs_or_says_why_not(op):
         assert reason is None or reason.strip()
     liger = [p for name, p in op.providers.items() if name in ("liger", "ce:liger")]
     assert all("liger" in p.unavailable(CPU) for p in liger)
-    assert len(liger) == (op.group != "add-norms" or op.name == "add_rms_norm")  # it has no other
+    assert len(liger) == (op.group in ("norms", "ticks") or op.name == "add_rms_norm")  # of the others it has none
     assert "interpreter, which is not timed" in op.providers["fused:triton"].unavailable(CPU)
 
 

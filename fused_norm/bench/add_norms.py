@@ -13,7 +13,7 @@ from ..testing import norm_truth
 from .norms import EPS, FLASH_ATTN, FLASH_ATTN_LIMIT, LIGER_LIMIT, layer_norm, rms_norm
 from .operation import Call, Inputs, Op, Provider, random_tensors, row_blocks
 from .providers import compiled, package, takes, with_providers
-from .shapes import NORM_QUICK_SHAPES, NORM_SHAPES, NORM_SWEEPS, Shape
+from .shapes import ADD_NORM_SWEEPS, NORM_QUICK_SHAPES, NORM_SHAPES, Shape
 
 DROPOUT_P = 0.1
 
@@ -152,7 +152,7 @@ def _op(rms: bool, p: float, both: bool) -> Op:
         bytes_moved=partial(bytes_moved, rms, p, both),
         shapes=NORM_SHAPES,
         quick_shapes=NORM_QUICK_SHAPES,
-        sweeps=NORM_SWEEPS,
+        sweeps=ADD_NORM_SWEEPS,
         note=f"{f'dropout {p}, ' if p else ''}residual connection and norm, {used}; torch is the operations one by one",
     )
     return with_providers(op, "norm", _peers(rms, p, both))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -26,6 +27,9 @@ from .shapes import (
 
 TICKS_WEIGHT = 1e-3
 
+#: Gemma 2's.
+SOFTCAP = 30.0
+
 #: A provider whose name begins so computes cross entropy alone, and is judged by cross entropy's own truth.
 CE = "cross_entropy"
 
@@ -34,6 +38,10 @@ def ticks_formula(x: Tensor, target: Tensor) -> Tensor:
     """Cross entropy and ticks as one writes them in torch, in x's dtype."""
     lp = F.log_softmax(x, -1).gather(-1, target.unsqueeze(-1))
     return (-lp + TICKS_WEIGHT * (lp.exp() - lp)).mean()
+
+
+def softcap_ticks_formula(x: Tensor, target: Tensor) -> Tensor:
+    return ticks_formula(SOFTCAP * torch.tanh(x / SOFTCAP), target)
 
 
 def linear_ticks_formula(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
@@ -94,23 +102,24 @@ def make_linear_inputs(shape: Shape, dtype: torch.dtype, device: torch.device, s
     return Inputs({"x": x, "w": w, "target": target}, ("x", "w"), _upstream(dtype, device))
 
 
-def _block(z: Tensor, target: Tensor, ticks: float, scale: Tensor) -> tuple[Tensor, Tensor]:
+def _block(z: Tensor, target: Tensor, ticks: float, scale: Tensor, softcap: float = 0.0) -> tuple[Tensor, Tensor]:
     """Sum of the rows' losses, and the gradient of logits, in fp64, of a loss that is ``scale`` times that sum."""
-    loss, stats = reference.ticks_forward(z, target, None, -100, 0.0, 1.0, ticks, 0.0)
+    options = (None, -100, 0.0, 1.0, ticks, softcap)
+    loss, stats = reference.ticks_forward(z, target, *options)
     grad = scale.expand(z.shape[0])
     dz, _ = reference.ticks_backward(
-        grad, None, z, target, stats, None, -100, 0.0, 1.0, ticks, 0.0, need_dz=True, need_dtarget=False, inplace=False
+        grad, None, z, target, stats, *options, need_dz=True, need_dtarget=False, inplace=False
     )
     return loss.sum(), dz
 
 
 @torch.no_grad()
-def truth(ticks: float, inputs: Inputs) -> dict[str, Tensor]:
+def truth(ticks: float, inputs: Inputs, softcap: float = 0.0) -> dict[str, Tensor]:
     x, target = inputs.args
     m, v = x.shape
     y, dx = 0.0, torch.empty_like(x, dtype=torch.float64)
     for rows in row_blocks(m, v, x.device):
-        loss, dx[rows] = _block(x[rows].double(), target[rows], ticks, inputs.upstream.double() / m)
+        loss, dx[rows] = _block(x[rows].double(), target[rows], ticks, inputs.upstream.double() / m, softcap)
         y = y + loss
     return {"y": y / m, "dx": dx}
 
@@ -229,6 +238,23 @@ TICKS = with_providers(
         ),
         fused("fused:inplace", "auto", partial(_fused_ticks, inplace_backward=True), "ticks", overwrites=("x",)),
     ),
+)
+
+#: Of logits that are capped first, as Gemma 2's are: more arithmetic for the same bytes.
+SOFTCAP_TICKS = with_providers(
+    replace(
+        TICKS,
+        name="softcap_ticks_cross_entropy",
+        group="softcap",
+        baseline=softcap_ticks_formula,
+        fused=partial(_fused_ticks, softcap=SOFTCAP),
+        truths={"": partial(truth, TICKS_WEIGHT, softcap=SOFTCAP)},
+        note=f"logits (M, V), capped by {SOFTCAP:g}*tanh(x/{SOFTCAP:g}) before all else; torch is that, and then"
+        " ticks_cross_entropy's formula",
+        providers={},
+    ),
+    "ticks",
+    (_in_fp32(lambda x, target: softcap_ticks_formula(x.float(), target)),),
 )
 
 LINEAR_TICKS = with_providers(

@@ -155,7 +155,7 @@ class Op:
 
     def model_names(self, shape: Shape) -> str:
         """The models that have an operation of this shape, by its columns; "" if none has."""
-        return model_names(shape, vocabulary=self.group == "ticks")
+        return model_names(shape, vocabulary=self.group in ("ticks", "softcap"))
 
 
 def random_tensors(dtype: torch.dtype, device: torch.device, seed: int) -> Callable[..., Tensor]:

@@ -320,6 +320,26 @@ def run(
         budget.next_case(time.perf_counter() - begin - shared)
 
 
+def check(args: argparse.Namespace, providers: dict[str, list[Provider]]) -> int:
+    """Judge every provider in every case and time nothing; 1 if one of ours is wrong or fails, else 0.
+
+    Compilers keep what they compile on disk, where a later run finds it: so does one that only times.
+    """
+    device, status = torch.device(args.device), 0
+    for case in grid(args):
+        usable = [p for p in providers[case.op.name] if p.takes(DTYPES[case.dtype])]
+        try:
+            verdicts, _ = gate.judge(case.op, case.op.make_inputs(case.shape, DTYPES[case.dtype], device), usable)
+        except RuntimeError as e:  # no memory for the inputs or the truth
+            print(f"{case}: {gate.describe(e)}", flush=True)
+            continue
+        found = "; ".join(f"{name} {v.status}: {v.reason}" for name, v in verdicts.items() if v.status != "ok")
+        print(f"{case}: {found or 'all are right'}", flush=True)
+        if any(verdicts[p.name].status in ("wrong", "error") for p in usable if p.ours):
+            status = 1
+    return status
+
+
 def _names(known: Collection[str], groups: Mapping[str, list[str]] | None = None) -> Callable[[str], list[str]]:
     """For argparse: a list of known names, or of groups that stand for several."""
     groups = groups or {}
@@ -408,6 +428,7 @@ def parser() -> argparse.ArgumentParser:
         help="environment and rows, a JSON object a line; the table (.txt) goes beside it. One that exists is"
         " continued: what has its row there is not measured again",
     )
+    p.add_argument("--check", action="store_true", help="judge the answers alone: no times, no rows, no file")
     p.add_argument("--json", action="store_true", help="print what goes to the file instead of the table")
     return p
 
@@ -493,6 +514,8 @@ def _main(argv: list[str] | None) -> int:
     reasons = {op: {p.name: p.unavailable(device) for p in everyone} for op, everyone in chosen.items()}
     env["providers"] = reasons
     providers = {op: [p for p in everyone if reasons[op][p.name] is None] for op, everyone in chosen.items()}
+    if args.check:
+        return check(args, providers)
     try:
         there, sink = open_results(args, env)
     except (OSError, ValueError) as e:
