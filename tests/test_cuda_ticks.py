@@ -800,7 +800,6 @@ def test_gpu_ignored_rows_and_targets_out_of_range() -> None:
 
 @on_gpu
 @pytest.mark.gpu
-@pytest.mark.small
 def test_gpu_current_stream_no_waiting_and_a_graph() -> None:
     call = cuda(draw(64, 1000))
     grad = torch.randn(64, device="cuda")

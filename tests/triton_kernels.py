@@ -3,8 +3,8 @@
 The kernels run on the GPU where there is one, else on the CPU in Triton's interpreter. That is chosen by
 TRITON_INTERPRET=1 before triton is first imported, which is too late here (torch.compile's tests may have imported it):
 tests marked ``@runs_kernels`` then run in one child process a module, and each of them reports what became of it there.
-A test module imports ``runs_kernels`` with the fixtures ``remember_selected``, ``remember_places`` and
-``interpreter_as_hardware``.
+A test module imports ``runs_kernels`` with the fixtures ``remember_selected``, ``remember_places``,
+``interpreter_as_hardware`` and ``launches_made_anew``.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import triton
 from torch import Tensor
 
 from fused_norm.backends import triton as backend
+from fused_norm.backends.triton import common
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else next((d for d in ("cuda", "xpu") if getattr(torch, d).is_available()), "cpu")
@@ -52,9 +53,9 @@ def _outcomes_in_interpreter(tmp_path: Path, root: Path) -> dict[str, ElementTre
 
 
 def runs_kernels(test: Callable) -> Callable:
-    """Run the test in the interpreter's process where the kernels cannot run in this one."""
+    """Run the test in the interpreter's process where the kernels cannot run in this one. On CUDA it is marked gpu."""
     if RUNS_HERE:
-        return test
+        return pytest.mark.gpu(test) if DEVICE == "cuda" else test
 
     # The marks and the parameters stay, the body goes.
     @functools.wraps(test)
@@ -117,6 +118,12 @@ def interpreter_as_hardware() -> Iterator[None]:
         patch.setattr(interpreter, "_patch_builtin", patch_once)
         patch.setattr(interpreter, "_patch_lang_tensor", patch_tensor_with_index)
         yield
+
+
+@pytest.fixture(autouse=True)
+def launches_made_anew() -> None:
+    """Tests that change what launch.py says must not find launches that were made before, nor leave theirs."""
+    common.forget_launches()
 
 
 def laid_out(t: Tensor, layout: str, padding: int) -> Tensor:
