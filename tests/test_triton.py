@@ -32,6 +32,7 @@ from triton_kernels import (  # noqa: E402
     assert_no_spills,
     interpreter_as_hardware,  # noqa: F401
     laid_out,
+    launches_made_anew,  # noqa: F401
     needs_compiler,
     reductions,
     remember_places,  # noqa: F401
@@ -43,7 +44,7 @@ from triton_kernels import (  # noqa: E402
 import fused_norm.functional as FF  # noqa: E402
 from fused_norm import reference, use_backend  # noqa: E402
 from fused_norm.backends import triton as backend  # noqa: E402
-from fused_norm.backends.triton import double_backward, launch, norm  # noqa: E402
+from fused_norm.backends.triton import common, double_backward, launch, norm  # noqa: E402
 from fused_norm.testing import (  # noqa: E402
     NormResult,
     assert_norm_close,
@@ -920,7 +921,7 @@ def compiled(build: Build, target: str):
             if build.aligned or name in fresh:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, {k: v for k, v in constants.items() if k in kernel.arg_names}, attributes)
-    return triton.compile(source, target=gpu, options={"num_warps": config.num_warps, **norm.COMPILE_OPTIONS})
+    return triton.compile(source, target=gpu, options={"num_warps": config.num_warps, **common.COMPILE_OPTIONS})
 
 
 WIDEST = {"forward": launch.FORWARD_WHOLE_ROW, "backward": launch.BACKWARD_WHOLE_ROW}

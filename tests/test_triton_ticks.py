@@ -28,6 +28,7 @@ from triton_kernels import (  # noqa: E402
     assert_no_spills,
     interpreter_as_hardware,  # noqa: F401
     laid_out,
+    launches_made_anew,  # noqa: F401
     needs_compiler,
     remember_places,  # noqa: F401
     remember_selected,  # noqa: F401
@@ -37,7 +38,7 @@ from triton_kernels import (  # noqa: E402
 
 from fused_norm import reference  # noqa: E402
 from fused_norm.backends import triton as backend  # noqa: E402
-from fused_norm.backends.triton import launch, ticks  # noqa: E402
+from fused_norm.backends.triton import common, launch, ticks  # noqa: E402
 from fused_norm.testing import error_limit, param_error_limit, relative_error  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------ cases and their truth
@@ -753,7 +754,7 @@ def compiled(build: Build, target: str):
         else:
             signature[name] = "i64" if build.size == 8 and name.endswith("_bits") else "i32"
     source = ASTSource(kernel, signature, {k: v for k, v in constants.items() if k in kernel.arg_names}, attributes)
-    return triton.compile(source, target=gpu, options={"num_warps": config.num_warps, **ticks.COMPILE_OPTIONS})
+    return triton.compile(source, target=gpu, options={"num_warps": config.num_warps, **common.COMPILE_OPTIONS})
 
 
 # Wide rows of 16-byte alignment are all compiled alike (the test below), so one width stands for them. On every target

@@ -10,6 +10,7 @@ more than a launch.
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 from collections.abc import Callable
 
@@ -39,120 +40,94 @@ def unavailable(device_type: str) -> str | None:
 
 
 _library = torch.library.Library("fused_norm", "FRAGMENT")
-_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+#: What arguments of calls that no one but the GPU sees may be.
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, int, float, bool, type(None), torch.dtype})
 _mode_count = torch._C._len_torch_dispatch_stack
 _pre_dispatch = functools.partial(torch._C._dispatch_tls_is_dispatch_key_included, torch._C.DispatchKey.PreDispatch)
 
 
 def _traced(args: tuple) -> bool:
     """Whether something is to see the call before the GPU does."""
-    return _mode_count() or _pre_dispatch() or any(isinstance(a, Tensor) and type(a) not in _PLAIN for a in args)
+    return _mode_count() or not _PLAIN.issuperset(map(type, args)) or _pre_dispatch()
 
 
-def _operator(schema: str) -> Callable[[Callable], Callable]:
-    """Make a launcher an operator of this schema too, for calls that are traced."""
+def _kernel(module: str, name: str) -> Callable:
+    """The launcher of that name in the module, which the first call imports."""
 
-    def decorate(launch: Callable) -> Callable:
-        name = f"triton_{launch.__name__}"
+    @functools.cache
+    def launcher() -> Callable:
+        return getattr(importlib.import_module(f".{module}", __name__), name)
 
-        def kernel(*args):
-            device = next(a.device for a in args if isinstance(a, Tensor))
-            # An operator's results are tensors.
-            return tuple(torch.empty(0, device=device) if r is None else r for r in launch(*args))
-
-        _library.define(name + schema)
-        _library.impl(name, kernel, "CompositeExplicitAutograd")
-        operator = getattr(torch.ops.fused_norm, name).default
-
-        @functools.wraps(launch)
-        def function(*args, **kwargs):
-            return (operator if _traced(args) else launch)(*args, **kwargs)
-
-        return function
-
-    return decorate
+    return launcher
 
 
-@_operator(
+def _operator(module: str, name: str, schema: str) -> Callable:
+    """The contract's function ``name``, by the launcher of :mod:`.module`: for calls that are traced an operator."""
+    launcher = _kernel(module, name)
+
+    def kernel(*args):
+        device = next(a.device for a in args if isinstance(a, Tensor))
+        # An operator's results are tensors.
+        return tuple(torch.empty(0, device=device) if r is None else r for r in launcher()(*args))
+
+    _library.define(f"triton_{name}{schema}")
+    _library.impl(f"triton_{name}", kernel, "CompositeExplicitAutograd")
+    operator = getattr(torch.ops.fused_norm, f"triton_{name}").default
+
+    def function(*args, **kwargs):
+        return (operator if _traced(args) else launcher())(*args, **kwargs)
+
+    function.__name__ = function.__qualname__ = name
+    function.__doc__ = f"The contract's function, by :mod:`.{module}`."
+    return function
+
+
+norm_forward = _operator(
+    "norm",
+    "norm_forward",
     "(Tensor x, Tensor? weight, Tensor? bias, int n, int groups, float eps, bool rms, bool need_stats,"
-    " bool cast=False) -> (Tensor y, Tensor stats)"
+    " bool cast=False) -> (Tensor y, Tensor stats)",
 )
-def norm_forward(*args, **kwargs):
-    """The contract's function, by :mod:`.norm`."""
-    from . import norm
-
-    return norm.norm_forward(*args, **kwargs)
-
-
-@_operator(
+norm_backward = _operator(
+    "norm",
+    "norm_backward",
     "(Tensor dy, Tensor x, Tensor stats, Tensor? weight, int n, int groups, bool rms, ScalarType param_dtype,"
-    " bool need_dx, bool need_dw, bool need_db) -> (Tensor dx, Tensor dw, Tensor db)"
+    " bool need_dx, bool need_dw, bool need_db) -> (Tensor dx, Tensor dw, Tensor db)",
 )
-def norm_backward(*args, **kwargs):
-    """The contract's function, by :mod:`.norm`."""
-    from . import norm
-
-    return norm.norm_backward(*args, **kwargs)
-
-
-@_operator(
+add_norm_forward = _operator(
+    "norm",
+    "add_norm_forward",
     "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Tensor? seed, int n, float eps, bool rms,"
-    " float dropout_p, bool need_stats, bool cast) -> (Tensor y, Tensor summed, Tensor stats)"
+    " float dropout_p, bool need_stats, bool cast) -> (Tensor y, Tensor summed, Tensor stats)",
 )
-def add_norm_forward(*args, **kwargs):
-    """The contract's function, by :mod:`.norm`."""
-    from . import norm
-
-    return norm.add_norm_forward(*args, **kwargs)
-
-
-@_operator(
+add_norm_backward = _operator(
+    "norm",
+    "add_norm_backward",
     "(Tensor dy, Tensor? dsummed, Tensor summed, Tensor stats, Tensor? weight, Tensor? seed, int n, bool rms,"
     " float dropout_p, ScalarType param_dtype, ScalarType x_dtype, bool need_dx, bool need_dresidual, bool need_dw,"
-    " bool need_db) -> (Tensor dx, Tensor dresidual, Tensor dw, Tensor db)"
+    " bool need_db) -> (Tensor dx, Tensor dresidual, Tensor dw, Tensor db)",
 )
-def add_norm_backward(*args, **kwargs):
-    """The contract's function, by :mod:`.norm`."""
-    from . import norm
-
-    return norm.add_norm_backward(*args, **kwargs)
-
-
-@_operator(
+norm_double_backward = _operator(
+    "double_backward",
+    "norm_double_backward",
     "(Tensor? ddx, Tensor? ddw, Tensor? ddb, Tensor? dy, Tensor x, Tensor stats, Tensor? weight, int n, int groups,"
     " bool rms, ScalarType param_dtype, bool need_ddy, bool need_dx, bool need_dw)"
-    " -> (Tensor grad_dy, Tensor grad_x, Tensor grad_w)"
+    " -> (Tensor grad_dy, Tensor grad_x, Tensor grad_w)",
 )
-def norm_double_backward(*args, **kwargs):
-    """The contract's function, by :mod:`.double_backward`."""
-    from . import double_backward
-
-    return double_backward.norm_double_backward(*args, **kwargs)
-
-
-@_operator(
+ticks_forward = _operator(
+    "ticks",
+    "ticks_forward",
     "(Tensor z, Tensor target, Tensor? weight, int ignore_index, float smoothing, float ce, float ticks, float softcap)"
-    " -> (Tensor loss, Tensor stats)"
+    " -> (Tensor loss, Tensor stats)",
 )
-def ticks_forward(*args, **kwargs):
-    """The contract's function, by :mod:`.ticks`."""
-    from . import ticks
-
-    return ticks.ticks_forward(*args, **kwargs)
-
-
-@_operator(
+_ticks_backward = _operator(
+    "ticks",
+    "ticks_backward",
     "(Tensor grad, Tensor? grad_lse, Tensor z, Tensor target, Tensor stats, Tensor? weight, int ignore_index,"
     " float smoothing, float ce, float ticks, float softcap, bool need_dz, bool need_dtarget)"
-    " -> (Tensor dz, Tensor dtarget)"
+    " -> (Tensor dz, Tensor dtarget)",
 )
-def ticks_backward(*args, **kwargs):
-    from . import ticks
-
-    return ticks.ticks_backward(*args, **kwargs, inplace=False)
-
-
-_ticks_backward_fresh = ticks_backward
+_ticks_backward_launcher = _kernel("ticks", "ticks_backward")
 
 
 def ticks_backward(
@@ -175,8 +150,6 @@ def ticks_backward(
     args = (grad, grad_lse, z, target, stats, weight, ignore_index, smoothing, ce, ticks, softcap, need_dz)
     inplace = inplace and need_dz
     if inplace and not _traced(args):
-        from . import ticks as kernels
-
-        return kernels.ticks_backward(*args, need_dtarget, inplace)
-    dz, dtarget = _ticks_backward_fresh(*args, need_dtarget)
+        return _ticks_backward_launcher()(*args, need_dtarget, inplace)
+    dz, dtarget = _ticks_backward(*args, need_dtarget)
     return z.copy_(dz) if inplace else dz, dtarget

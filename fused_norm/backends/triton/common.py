@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import struct
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.knobs import runtime as _runtime
+from triton.runtime import driver as _driver
 
 #: Triton's default for fusing a multiplication and an addition differs between its versions, and with it the last bit.
 COMPILE_OPTIONS = {"enable_fp_fusion": True}
@@ -78,18 +80,102 @@ def add_partial(partial_ptr, value, ok, is_first):
 
 # --------------------------------------------------------------------------------------------- what the launchers share
 
+_INTERPRETED = not isinstance(ratio, triton.JITFunction)
 
-def check_storage(**tensors: Tensor | None) -> None:
-    """Raise for a tensor whose storage has been freed (as FSDP does between uses): a kernel would read address 0."""
-    for name, t in tensors.items():
-        if t is not None and t.data_ptr() == 0:
-            raise RuntimeError(f"{name} has shape {tuple(t.shape)} and no storage: its memory has been freed")
+
+_caches: list[functools._lru_cache_wrapper] = []
+
+
+def kept(make: Callable[..., Launch]) -> Callable[..., Launch]:
+    """Keep the launches that ``make`` makes, by its arguments: more kinds of call than a model has, each some KB."""
+    _caches.append(functools.lru_cache(1024)(make))
+    return _caches[-1]
+
+
+def forget_launches() -> None:
+    """For who changes what :mod:`.launch` says: tests and measurements."""
+    for cache in _caches:
+        cache.cache_clear()
+
+
+class Launch:
+    """All of a launch but its pointers: made once for a kind of call (:func:`kept`), called with the tensors.
+
+    Triton's own launcher binds and looks at all arguments at every call, which takes longer than many a kernel. Here it
+    does so for the first call with such tensors alone; later ones go straight to the kernel that it compiled then.
+    """
+
+    __slots__ = ("_compiled", "_trailing", "constants", "device", "grid", "integers", "kernel")
+
+    def __init__(
+        self,
+        kernel: Callable,
+        grid: tuple[int, ...],
+        integers: tuple[int, ...],
+        constants: dict[str, object],
+        device: torch.device,
+        num_warps: int,
+    ) -> None:
+        """``integers`` and ``constants`` in the order of the kernel's parameters, which begin with its pointers."""
+        self.kernel, self.grid, self.integers, self.device = kernel, (*grid, 1, 1)[:3], integers, device
+        self.constants = {**constants, "num_warps": num_warps, **COMPILE_OPTIONS}
+        self._trailing = (*integers, *constants.values())
+        self._compiled: dict[tuple, triton.compiler.CompiledKernel] = {}
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        """Enqueue the kernel on the device's current stream.
+
+        Raises:
+            RuntimeError: if a tensor's memory has been freed (as FSDP does between uses).
+        """
+        pointers = [None if t is None else t.data_ptr() for t in tensors]
+        if 0 in pointers:  # a kernel would read it
+            freed = pointers.index(0)
+            name = self.kernel.arg_names[freed].removesuffix("_ptr")
+            shape = tuple(tensors[freed].shape)
+            raise RuntimeError(f"{name} has shape {shape} and no storage: its memory has been freed")
+        if _INTERPRETED:
+            self._by_triton(tensors)
+        elif _driver.active.get_current_device() == self.device.index:
+            self._enqueue(tensors, pointers)
+        else:
+            with getattr(torch, self.device.type).device(self.device):  # Triton launches on the current one
+                self._enqueue(tensors, pointers)
+
+    def _by_triton(self, tensors: tuple[Tensor | None, ...]) -> triton.compiler.CompiledKernel:
+        return self.kernel[self.grid](*tensors, *self.integers, **self.constants)
+
+    def _enqueue(self, tensors: tuple[Tensor | None, ...], pointers: list[int | None]) -> None:
+        # What a kernel is compiled for, beside what is the same for all calls of this launch.
+        kind = tuple([None if t is None else t.dtype for t in tensors])
+        if any(p % 16 for p in pointers if p):
+            kind += tuple([p and p % 16 for p in pointers])
+        compiled = self._compiled.get(kind)
+        if compiled is None or _heard(_runtime.launch_enter_hook) or _heard(_runtime.launch_exit_hook):
+            self._compiled[kind] = self._by_triton(tensors)
+            return
+        stream = _driver.active.get_current_stream(self.device.index)
+        none = (None, None, None)  # of the hooks
+        of_kernel = (stream, compiled.function, compiled.packed_metadata)
+        compiled.run(*self.grid, *of_kernel, *none, *pointers, *self._trailing)
+
+
+def _heard(hook: object) -> bool:
+    """Whether someone wants to hear of launches (a profiler). Triton tells them."""
+    return hook is not None and bool(getattr(hook, "calls", True))
 
 
 def float_bits(value: float, fp64: bool) -> int:
     """The bits of ``value`` as fp64 or fp32: Triton hands a Python float over as fp32 whatever it is needed for."""
     floating, integer = ("<d", "<q") if fp64 else ("<f", "<i")
     return struct.unpack(integer, struct.pack(floating, value))[0]
+
+
+def fresh(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Contiguous memory of ``like``'s shape. (torch.empty takes sizes apart in half the time of a tuple of them.)"""
+    if like.is_contiguous():  # the cheaper call, which would keep the strides of a transposed tensor
+        return torch.empty_like(like, dtype=dtype)
+    return torch.empty(*like.shape, dtype=dtype or like.dtype, device=like.device)
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -110,11 +196,3 @@ def group_stride(parameter: Tensor | None, n: int) -> int:
 def warp_size(device: torch.device) -> int:
     """Lanes of a warp: 64 on AMD's data-centre GPUs. Triton takes 32 on XPU, and the interpreter has none."""
     return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
-
-
-def on_device_of(t: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device: make it the tensor's, where it is not."""
-    if t.device.type == "cpu":  # the interpreter
-        return contextlib.nullcontext()
-    backend = getattr(torch, t.device.type)
-    return contextlib.nullcontext() if backend.current_device() == t.device.index else backend.device(t.device)

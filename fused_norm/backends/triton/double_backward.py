@@ -22,13 +22,13 @@ from torch import Tensor
 
 from . import launch
 from .common import (
-    COMPILE_OPTIONS,
+    Launch,
     accumulation_dtype,
     add_partial,
-    check_storage,
+    fresh,
     group_stride,
+    kept,
     mean_of,
-    on_device_of,
     ratio,
     row_stride,
     sum_rows,
@@ -393,10 +393,9 @@ def norm_double_backward(
     need_dw: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """grad_dy, grad_x and grad_w (None where not needed), in at most two launches. See :mod:`fused_norm.backends`."""
-    check_storage(ddx=ddx, ddw=ddw, ddb=ddb, dy=dy, x=x, stats=stats, weight=weight)
-    grad_dy = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_ddy else None
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_dx else None
-    grad_w = torch.empty((groups, n), dtype=param_dtype, device=x.device) if need_dw else None
+    grad_dy = fresh(x) if need_ddy else None
+    grad_x = fresh(x) if need_dx else None
+    grad_w = torch.empty(groups, n, dtype=param_dtype, device=x.device) if need_dw else None
     # What no kernel is needed for: grad_w is linear in ddx, grad_x in ddx and ddw.
     if ddx is None and need_dw:
         grad_w.zero_()
@@ -419,55 +418,54 @@ def norm_double_backward(
     weight_stride, ddw_stride, ddb_stride = group_stride(weight, n), group_stride(ddw, n), group_stride(ddb, n)
     if not (need_dw or weight_stride or ddw_stride or ddb_stride):
         groups = 1  # rows need not know their group
-    total_rows = x.numel() // n
-    rows = total_rows // groups
-    x_stride = row_stride(x, n)
-    ddx_stride = n if ddx is None else row_stride(ddx, n)
-    dy_stride = n if dy is None else row_stride(dy, n)
+    rows = x.numel() // n // groups
     config = launch.double_backward_launch(n, x.element_size(), warp_size(x.device))
-    share = launch.double_backward_partition(rows, groups, config.rows, need_dw)
+    parts = launch.double_backward_partition(rows, groups, config.rows, need_dw).parts
     partial = None
     if need_dw:
         # A single partial row that is written once is the result.
-        direct = share.parts == 1 and not (config.looped and rows > config.rows)
-        partial = (
-            grad_w if direct else torch.empty((groups, share.parts, n), dtype=accumulation_dtype(x), device=x.device)
-        )
-    kernel = norm_double_backward_looped_kernel if config.looped else norm_double_backward_kernel
-    with on_device_of(x):
-        kernel[(groups * share.parts,)](
-            ddx,
-            dy,
-            x,
-            stats,
-            weight,
-            ddw,
-            ddb,
-            grad_dy,
-            grad_x,
-            partial,
-            total_rows,
-            rows,
-            share.parts,
-            share.rows_per_part,
-            n,
-            ddx_stride,
-            dy_stride,
-            x_stride,
-            weight_stride,
-            ddw_stride,
-            ddb_stride,
-            IS_RMS=rms,
-            FP64=x.dtype == torch.float64,
-            ALIGN_N=launch.alignment(n),
-            ALIGN_DDX=launch.alignment(n, ddx_stride),
-            ALIGN_DY=launch.alignment(n, dy_stride),
-            ALIGN_X=launch.alignment(n, x_stride),
-            ROWS=config.rows,
-            BLOCK_N=config.block_n,
-            num_warps=config.num_warps,
-            **COMPILE_OPTIONS,
-        )
-        if need_dw and not direct:
-            add_up_partials(partial, None, grad_w, None, groups, share.parts, n)
+        direct = parts == 1 and not (config.looped and rows > config.rows)
+        partial = grad_w if direct else torch.empty(groups, parts, n, dtype=accumulation_dtype(x), device=x.device)
+    row_strides = (*[n if t is None else row_stride(t, n) for t in (ddx, dy)], row_stride(x, n))
+    run = _launch(
+        n, rows, groups, row_strides, (weight_stride, ddw_stride, ddb_stride), x.dtype, rms, need_dw, x.device
+    )
+    run(ddx, dy, x, stats, weight, ddw, ddb, grad_dy, grad_x, partial)
+    if need_dw and not direct:
+        add_up_partials(partial, None, grad_w, None, groups, parts, n)
     return grad_dy, grad_x, grad_w
+
+
+@kept
+def _launch(
+    n: int,
+    rows: int,
+    groups: int,
+    row_strides: tuple[int, int, int],
+    group_strides: tuple[int, int, int],
+    dtype: torch.dtype,
+    rms: bool,
+    need_dw: bool,
+    device: torch.device,
+) -> Launch:
+    """``row_strides`` are those of ddx, dy and x, ``group_strides`` those of weight, ddw and ddb."""
+    config = launch.double_backward_launch(n, dtype.itemsize, warp_size(device))
+    share = launch.double_backward_partition(rows, groups, config.rows, need_dw)
+    ddx_stride, dy_stride, x_stride = row_strides
+    return Launch(
+        norm_double_backward_looped_kernel if config.looped else norm_double_backward_kernel,
+        (groups * share.parts,),
+        (rows * groups, rows, share.parts, share.rows_per_part, n, *row_strides, *group_strides),
+        {
+            "IS_RMS": rms,
+            "FP64": dtype == torch.float64,
+            "ALIGN_N": launch.alignment(n),
+            "ALIGN_DDX": launch.alignment(n, ddx_stride),
+            "ALIGN_DY": launch.alignment(n, dy_stride),
+            "ALIGN_X": launch.alignment(n, x_stride),
+            "ROWS": config.rows,
+            "BLOCK_N": config.block_n,
+        },
+        device,
+        config.num_warps,
+    )

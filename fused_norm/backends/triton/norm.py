@@ -28,15 +28,15 @@ from torch import Tensor
 
 from . import launch
 from .common import (
-    COMPILE_OPTIONS,
+    Launch,
     accumulation_dtype,
     add_partial,
-    check_storage,
     float_bits,
+    fresh,
     group_stride,
+    kept,
     mean_of,
     number,
-    on_device_of,
     ratio,
     row_stride,
     sum_rows,
@@ -96,13 +96,14 @@ def _affine(xhat, weight_ptr, bias_ptr, cols, col_ok, CAST: tl.constexpr, DTYPE:
     return y
 
 
-def _alignment_beside(rows: Tensor, t: Tensor | None, *strides: int) -> int:
-    """The alignment to tell of ``t``, whose elements may be smaller: no wider access than an access to ``rows``.
+def _alignment_beside(dtype: torch.dtype, other: torch.dtype | None, *strides: int) -> int:
+    """The alignment to tell of a tensor of ``other`` (None: there is none) beside rows of ``dtype``, whose elements may
+    be wider: no wider access than an access to those.
 
     A wider one would decide the layout of all that the kernel holds, or be converted from it through shared memory.
     """
     alignment = launch.alignment(*strides)
-    return alignment if t is None or t.dtype == rows.dtype else min(alignment, 16 // rows.element_size())
+    return alignment if other in (None, dtype) else min(alignment, 16 // dtype.itemsize)
 
 
 # -------------------------------------------------------------------------------------------------------------- forward
@@ -340,57 +341,59 @@ def _forward(
     cast: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """y, the sum with the residual (None without one) and the row statistics, in one launch."""
-    check_storage(x=x, residual=residual, weight=weight, bias=bias, seed=seed)
     like = x if residual is None else residual  # as y is
     total_rows = x.numel() // n
-    fp64 = like.dtype == torch.float64
-    y = torch.empty(like.shape, dtype=like.dtype, device=x.device)
+    y = fresh(like)
     summed = None if residual is None else torch.empty_like(y)
     stats_rows = 0 if not need_stats else 1 if rms else 2
-    stats = torch.empty((stats_rows, total_rows), dtype=accumulation_dtype(like), device=x.device)
+    stats = torch.empty(stats_rows, total_rows, dtype=accumulation_dtype(like), device=x.device)
     weight_stride, bias_stride = group_stride(weight, n), group_stride(bias, n)
     if not weight_stride and not bias_stride:
         groups = 1  # rows need not know their group
-    rows = total_rows // groups
-    x_stride = row_stride(x, n)
     residual_stride = 0 if residual is None else row_stride(residual, n)
-    threshold, scale_bits = dropout_integers(dropout_p, fp64)
-    config = launch.forward_launch(n, like.element_size(), warp_size(x.device))
-    tiles = -(-rows // config.rows)
-    kernel = norm_forward_looped_kernel if config.looped else norm_forward_kernel
-    with on_device_of(x):
-        kernel[(groups * tiles,)](
-            x,
-            residual,
-            weight,
-            bias,
-            seed,
-            summed,
-            y,
-            stats if need_stats else None,
-            float_bits(eps, fp64),
-            threshold,
-            scale_bits,
-            total_rows,
-            rows,
-            tiles,
-            n,
-            x_stride,
-            residual_stride,
-            weight_stride,
-            bias_stride,
-            IS_RMS=rms,
-            CAST=cast and like.element_size() == 2,
-            FP64=fp64,
-            ALIGN_N=launch.alignment(n),
-            ALIGN_X=_alignment_beside(like, x, n, x_stride),
-            ALIGN_RESIDUAL=launch.alignment(n, residual_stride),
-            ROWS=config.rows,
-            BLOCK_N=config.block_n,
-            num_warps=config.num_warps,
-            **COMPILE_OPTIONS,
-        )
+    strides = (row_stride(x, n), residual_stride, weight_stride, bias_stride)
+    call = (n, total_rows, groups, strides, like.dtype, x.dtype, eps, rms, dropout_p, cast, x.device)
+    _forward_launch(*call)(x, residual, weight, bias, seed, summed, y, stats if need_stats else None)
     return y, summed, stats
+
+
+@kept
+def _forward_launch(
+    n: int,
+    total_rows: int,
+    groups: int,
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    x_dtype: torch.dtype,
+    eps: float,
+    rms: bool,
+    dropout_p: float,
+    cast: bool,
+    device: torch.device,
+) -> Launch:
+    """``dtype`` is y's; ``strides`` are those of x, residual, weight and bias."""
+    x_stride, residual_stride, _, _ = strides
+    rows = total_rows // groups
+    fp64 = dtype == torch.float64
+    config = launch.forward_launch(n, dtype.itemsize, warp_size(device))
+    tiles = -(-rows // config.rows)
+    return Launch(
+        norm_forward_looped_kernel if config.looped else norm_forward_kernel,
+        (groups * tiles,),
+        (float_bits(eps, fp64), *dropout_integers(dropout_p, fp64), total_rows, rows, tiles, n, *strides),
+        {
+            "IS_RMS": rms,
+            "CAST": cast and dtype.itemsize == 2,
+            "FP64": fp64,
+            "ALIGN_N": launch.alignment(n),
+            "ALIGN_X": _alignment_beside(dtype, x_dtype, n, x_stride),
+            "ALIGN_RESIDUAL": launch.alignment(n, residual_stride),
+            "ROWS": config.rows,
+            "BLOCK_N": config.block_n,
+        },
+        device,
+        config.num_warps,
+    )
 
 
 def norm_forward(
@@ -710,20 +713,24 @@ def add_up_partials(
 ) -> None:
     """Launch the sum of partial rows ``(groups, parts, n)`` into ``(groups, n)``, for dw, db or both."""
     some = dw_partial if dw_partial is not None else db_partial
-    config = launch.reduce_launch(n, parts, warp_size(some.device))
-    norm_backward_reduce_kernel[(-(-n // config.block_n), groups)](
-        dw_partial,
-        db_partial,
-        dw,
-        db,
-        parts,
-        n,
-        FP64=some.dtype == torch.float64,
-        ALIGN_N=launch.alignment(n),
-        PARTS=config.rows,
-        BLOCK_N=config.block_n,
-        num_warps=config.num_warps,
-        **COMPILE_OPTIONS,
+    _reduce_launch(groups, parts, n, some.dtype, some.device)(dw_partial, db_partial, dw, db)
+
+
+@kept
+def _reduce_launch(groups: int, parts: int, n: int, dtype: torch.dtype, device: torch.device) -> Launch:
+    config = launch.reduce_launch(n, parts, warp_size(device))
+    return Launch(
+        norm_backward_reduce_kernel,
+        (-(-n // config.block_n), groups),
+        (parts, n),
+        {
+            "FP64": dtype == torch.float64,
+            "ALIGN_N": launch.alignment(n),
+            "PARTS": config.rows,
+            "BLOCK_N": config.block_n,
+        },
+        device,
+        config.num_warps,
     )
 
 
@@ -750,69 +757,69 @@ def _backward(
         dsummed = None
         if not (need_dw or need_db):
             return None, None, None, None
-    check_storage(dy=dy, dsummed=dsummed, summed=x, stats=stats, weight=weight, seed=seed)
-    total_rows = x.numel() // n
-    rows = total_rows // groups
-    fp64 = x.dtype == torch.float64
-    x_stride, dy_stride, weight_stride = row_stride(x, n), row_stride(dy, n), group_stride(weight, n)
-    dsummed_stride = 0 if dsummed is None else row_stride(dsummed, n)
-    threshold, scale_bits = dropout_integers(dropout_p, fp64)
+    rows = x.numel() // n // groups
     config = launch.backward_launch(n, x.element_size(), warp_size(x.device), seed is not None)
-    share = launch.backward_partition(rows, groups, config.rows)
+    parts = launch.backward_partition(rows, groups, config.rows).parts
     # A single partial row that is written once is the result.
-    direct = share.parts == 1 and not (config.looped and rows > config.rows)
+    direct = parts == 1 and not (config.looped and rows > config.rows)
 
     def parameter_gradient(needed: bool) -> tuple[Tensor | None, Tensor | None]:
         if not needed:
             return None, None
-        result = torch.empty((groups, n), dtype=param_dtype, device=x.device)
+        result = torch.empty(groups, n, dtype=param_dtype, device=x.device)
         if direct:
             return result, result
-        return result, torch.empty((groups, share.parts, n), dtype=accumulation_dtype(x), device=x.device)
+        return result, torch.empty(groups, parts, n, dtype=accumulation_dtype(x), device=x.device)
 
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_dx else None
-    dinput = torch.empty(x.shape, dtype=dinput_dtype, device=x.device) if need_dinput else None
+    dx = fresh(x) if need_dx else None
+    dinput = fresh(x, dinput_dtype) if need_dinput else None
     dw, dw_partial = parameter_gradient(need_dw)
     db, db_partial = parameter_gradient(need_db)
-    kernel = norm_backward_looped_kernel if config.looped else norm_backward_kernel
-    with on_device_of(x):
-        kernel[(groups * share.parts,)](
-            dy,
-            dsummed,
-            x,
-            stats,
-            weight,
-            seed,
-            dx,
-            dinput,
-            dw_partial,
-            db_partial,
-            threshold,
-            scale_bits,
-            total_rows,
-            rows,
-            share.parts,
-            share.rows_per_part,
-            n,
-            dy_stride,
-            dsummed_stride,
-            x_stride,
-            weight_stride,
-            IS_RMS=rms,
-            FP64=fp64,
-            ALIGN_N=launch.alignment(n),
-            ALIGN_DY=launch.alignment(n, dy_stride),
-            ALIGN_DSUMMED=launch.alignment(n, dsummed_stride),
-            ALIGN_DINPUT=_alignment_beside(x, dinput, n),
-            ALIGN_X=launch.alignment(n, x_stride),
-            ROWS=config.rows,
-            BLOCK_N=config.block_n,
-            num_warps=config.num_warps,
-            **COMPILE_OPTIONS,
-        )
-        if (need_dw or need_db) and not direct:
-            add_up_partials(dw_partial, db_partial, dw, db, groups, share.parts, n)
+    dsummed_stride = 0 if dsummed is None else row_stride(dsummed, n)
+    strides = (row_stride(dy, n), dsummed_stride, row_stride(x, n), group_stride(weight, n))
+    call = (n, rows, groups, strides, x.dtype, dinput_dtype, rms, dropout_p, seed is not None, x.device)
+    _backward_launch(*call)(dy, dsummed, x, stats, weight, seed, dx, dinput, dw_partial, db_partial)
+    if (need_dw or need_db) and not direct:
+        add_up_partials(dw_partial, db_partial, dw, db, groups, parts, n)
     return dx, dinput, dw, db
+
+
+@kept
+def _backward_launch(
+    n: int,
+    rows: int,
+    groups: int,
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    dinput_dtype: torch.dtype | None,
+    rms: bool,
+    dropout_p: float,
+    dropout: bool,
+    device: torch.device,
+) -> Launch:
+    """``strides`` are those of dy, dsummed, x and weight."""
+    dy_stride, dsummed_stride, x_stride, _ = strides
+    fp64 = dtype == torch.float64
+    config = launch.backward_launch(n, dtype.itemsize, warp_size(device), dropout)
+    share = launch.backward_partition(rows, groups, config.rows)
+    return Launch(
+        norm_backward_looped_kernel if config.looped else norm_backward_kernel,
+        (groups * share.parts,),
+        (*dropout_integers(dropout_p, fp64), rows * groups, rows, share.parts, share.rows_per_part, n, *strides),
+        {
+            "IS_RMS": rms,
+            "FP64": fp64,
+            "ALIGN_N": launch.alignment(n),
+            "ALIGN_DY": launch.alignment(n, dy_stride),
+            "ALIGN_DSUMMED": launch.alignment(n, dsummed_stride),
+            "ALIGN_DINPUT": _alignment_beside(dtype, dinput_dtype, n),
+            "ALIGN_X": launch.alignment(n, x_stride),
+            "ROWS": config.rows,
+            "BLOCK_N": config.block_n,
+        },
+        device,
+        config.num_warps,
+    )
 
 
 def norm_backward(

@@ -21,6 +21,8 @@ No integer is specialised upon: ``ALIGN_*`` are powers of two that divide V and 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -28,12 +30,12 @@ from torch import Tensor
 
 from . import launch
 from .common import (
-    COMPILE_OPTIONS,
+    Launch,
     accumulation_dtype,
-    check_storage,
     float_bits,
+    fresh,
+    kept,
     number,
-    on_device_of,
     row_stride,
     sum_columns,
     warp_size,
@@ -289,46 +291,61 @@ def ticks_forward(
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
     """The losses and the row statistics, in one launch. See :mod:`fused_norm.backends`."""
-    check_storage(z=z, target=target, weight=weight)
     rows, v = z.shape
-    fp64 = z.dtype == torch.float64
     plain, soft = _is_plain(target, smoothing), target.is_floating_point()
     acc = accumulation_dtype(z)
     loss = torch.empty(rows, dtype=acc, device=z.device)
-    stats = torch.empty((3 if plain else 4, rows), dtype=acc, device=z.device)
-    z_stride, target_stride = row_stride(z, v), row_stride(target, v) if soft else 1
-    config = launch.ticks_forward_launch(v, z.element_size(), warp_size(z.device))
-    with on_device_of(z):
-        ticks_forward_kernel[(-(-rows // config.rows),)](
-            z,
-            target,
-            weight,
-            loss,
-            stats,
+    stats = torch.empty(3 if plain else 4, rows, dtype=acc, device=z.device)
+    strides = (row_stride(z, v), row_stride(target, v) if soft else 1)
+    options = (ignore_index, smoothing, ce, ticks, softcap)
+    _forward_launch(rows, v, strides, z.dtype, plain, soft, options, z.device)(z, target, weight, loss, stats)
+    return loss, stats
+
+
+@kept
+def _forward_launch(
+    rows: int,
+    v: int,
+    strides: tuple[int, int],
+    dtype: torch.dtype,
+    plain: bool,
+    soft: bool,
+    options: tuple[int, float, float, float, float],
+    device: torch.device,
+) -> Launch:
+    """``strides`` are those of z and target, ``options`` the call's from ignore_index on."""
+    ignore_index, smoothing, ce, ticks, softcap = options
+    bits = functools.partial(float_bits, fp64=dtype == torch.float64)
+    config = launch.ticks_forward_launch(v, dtype.itemsize, warp_size(device))
+    cap = (bits(softcap), bits(1 / softcap if softcap else 0.0))
+    return Launch(
+        ticks_forward_kernel,
+        (-(-rows // config.rows),),
+        (
             ignore_index,
-            float_bits(ce + ticks, fp64),
-            float_bits(ticks, fp64),
-            float_bits(1 - smoothing, fp64),
-            float_bits(smoothing / v, fp64),
-            float_bits(softcap, fp64),
-            float_bits(1 / softcap if softcap else 0.0, fp64),
+            bits(ce + ticks),
+            bits(ticks),
+            bits(1 - smoothing),
+            bits(smoothing / v),
+            *cap,
             rows,
             v,
-            z_stride,
-            target_stride,
-            PLAIN=plain,
-            SOFT=soft,
-            CAPPED=softcap != 0,
-            FP64=fp64,
-            ALIGN_V=launch.alignment(v),
-            ALIGN_Z=launch.alignment(v, z_stride),
-            ALIGN_TARGET=launch.alignment(v, target_stride),
-            ROWS=config.rows,
-            BLOCK_V=config.block_v,
-            num_warps=config.num_warps,
-            **COMPILE_OPTIONS,
-        )
-    return loss, stats
+            *strides,
+        ),
+        {
+            "PLAIN": plain,
+            "SOFT": soft,
+            "CAPPED": softcap != 0,
+            "FP64": dtype == torch.float64,
+            "ALIGN_V": launch.alignment(v),
+            "ALIGN_Z": launch.alignment(v, strides[0]),
+            "ALIGN_TARGET": launch.alignment(v, strides[1]),
+            "ROWS": config.rows,
+            "BLOCK_V": config.block_v,
+        },
+        device,
+        config.num_warps,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- backward
@@ -470,62 +487,71 @@ def ticks_backward(
     softcap: float,
     need_dz: bool,
     need_dtarget: bool,
-    inplace: bool,
+    inplace: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """dz and dtarget (None where not needed), in one launch. See :mod:`fused_norm.backends`."""
     plain, soft = _is_plain(target, smoothing), target.is_floating_point()
     need_dtarget = need_dtarget and soft
     if not (need_dz or need_dtarget):
         return None, None
-    check_storage(grad=grad, grad_lse=grad_lse, z=z, target=target, stats=stats, weight=weight)
     rows, v = z.shape
-    fp64 = z.dtype == torch.float64
     dz = None
     if need_dz:
-        dz = z if inplace else torch.empty(z.shape, dtype=z.dtype, device=z.device)
-    dtarget = torch.empty(target.shape, dtype=target.dtype, device=z.device) if need_dtarget else None
-    z_stride, target_stride = row_stride(z, v), row_stride(target, v) if soft else 1
-    dz_stride = z_stride if inplace else v
-    config = launch.ticks_backward_launch(v, z.element_size(), plain, warp_size(z.device))
-    blocks = -(-v // config.block_v)
-    with on_device_of(z):
-        ticks_backward_kernel[(-(-rows // config.rows) * blocks,)](
-            grad,
-            grad_lse,
-            z,
-            target,
-            stats,
-            weight,
-            dz,
-            dtarget,
-            ignore_index,
-            float_bits(ce, fp64),
-            float_bits(ticks, fp64),
-            float_bits(1 - smoothing, fp64),
-            float_bits((1 - smoothing) * (ce + ticks), fp64),
-            float_bits((1 - smoothing) * ticks, fp64),
-            float_bits(smoothing / v, fp64),
-            float_bits(softcap, fp64),
-            float_bits(1 / softcap if softcap else 0.0, fp64),
-            rows,
-            v,
-            blocks,
-            grad.stride(0),
-            0 if grad_lse is None else grad_lse.stride(0),
-            z_stride,
-            target_stride,
-            dz_stride,
-            PLAIN=plain,
-            SOFT=soft,
-            CAPPED=softcap != 0,
-            FP64=fp64,
-            ALIGN_V=launch.alignment(v),
-            ALIGN_Z=launch.alignment(v, z_stride),
-            ALIGN_TARGET=launch.alignment(v, target_stride),
-            ALIGN_DZ=launch.alignment(v, dz_stride),
-            ROWS=config.rows,
-            BLOCK_V=config.block_v,
-            num_warps=config.num_warps,
-            **COMPILE_OPTIONS,
-        )
+        dz = z if inplace else fresh(z)
+    dtarget = fresh(target) if need_dtarget else None
+    z_stride = row_stride(z, v)
+    grad_strides = (grad.stride(0), 0 if grad_lse is None else grad_lse.stride(0))
+    strides = (*grad_strides, z_stride, row_stride(target, v) if soft else 1, z_stride if inplace else v)
+    options = (ignore_index, smoothing, ce, ticks, softcap)
+    run = _backward_launch(rows, v, strides, z.dtype, plain, soft, options, z.device)
+    run(grad, grad_lse, z, target, stats, weight, dz, dtarget)
     return dz, dtarget
+
+
+@kept
+def _backward_launch(
+    rows: int,
+    v: int,
+    strides: tuple[int, int, int, int, int],
+    dtype: torch.dtype,
+    plain: bool,
+    soft: bool,
+    options: tuple[int, float, float, float, float],
+    device: torch.device,
+) -> Launch:
+    """``strides`` are those of grad, grad_lse, z, target and dz, ``options`` the call's from ignore_index on."""
+    ignore_index, smoothing, ce, ticks, softcap = options
+    _, _, z_stride, target_stride, dz_stride = strides
+    bits = functools.partial(float_bits, fp64=dtype == torch.float64)
+    keep = 1 - smoothing
+    config = launch.ticks_backward_launch(v, dtype.itemsize, plain, warp_size(device))
+    blocks = -(-v // config.block_v)
+    weights = (
+        ce,
+        ticks,
+        keep,
+        keep * (ce + ticks),
+        keep * ticks,
+        smoothing / v,
+        softcap,
+        1 / softcap if softcap else 0.0,
+    )
+    return Launch(
+        ticks_backward_kernel,
+        (-(-rows // config.rows) * blocks,),
+        (ignore_index, *map(bits, weights), rows, v, blocks, *strides),
+        {
+            "PLAIN": plain,
+            "SOFT": soft,
+            "CAPPED": softcap != 0,
+            "FP64": dtype == torch.float64,
+            "ALIGN_V": launch.alignment(v),
+            "ALIGN_Z": launch.alignment(v, z_stride),
+            "ALIGN_TARGET": launch.alignment(v, target_stride),
+            "ALIGN_DZ": launch.alignment(v, dz_stride),
+            "ROWS": config.rows,
+            "BLOCK_V": config.block_v,
+        },
+        device,
+        config.num_warps,
+    )
