@@ -4,7 +4,7 @@ Compiles the Triton kernels as they would be launched, and the CUDA kernels, for
 registers, spills, shared memory, occupancy, and how wide it loads and stores; counts in Triton's interpreter the bytes
 that a call moves, and its launches. How a kernel is compiled is the tests' own code (tests/test_triton*.py).
 
-Rows go to a JSON-lines file as they are made, a table beside it. ``tests/test_static.py`` holds the committed report to
+Rows go to FILE.part as they are made; a run that ends puts it in the place of FILE, and a table beside it. ``tests/test_static.py`` holds the committed report to
 its limits.
 """
 
@@ -88,6 +88,7 @@ def accesses(ptx: str, kind: str) -> dict[str, int]:
 
 
 def triton_row(kernel: str, module, build, target: str) -> dict:
+    """What the compiler says of one build for one target; widths are PTX's."""
     compiled = module.compiled(build, target)
     warps = compiled.metadata.num_warps
     row = {
@@ -122,6 +123,7 @@ def triton_row(kernel: str, module, build, target: str) -> dict:
 
 
 def cuda_rows(target: str) -> Iterator[dict]:
+    """The same of every instantiation of the CUDA kernels, by ptxas and the machine code."""
     import test_cuda_compile as cuda
 
     for name in ("norm_forward", "ticks_forward", "ticks_backward"):
@@ -166,7 +168,8 @@ def count() -> None:
             launches[0] = 0
             result = call()
             made = [t for t in result if t is not None and t.numel() == x.numel()]
-            moved = sum(traffic.of("load", t) for t in given) + sum(traffic.of("store", t) for t in made)
+            # A looped row reads back what it has stored itself (the sum of add and norm): that counts as well.
+            moved = sum(traffic.of("load", t) for t in [*given, *made]) + sum(traffic.of("store", t) for t in made)
             others = traffic.total("load") + traffic.total("store") - moved
             place = f"{x.shape[0]}x{x.shape[1]} {x.dtype}".replace("torch.", "")
             numbers = {"bytes": moved, "ideal": units * x.nbytes, "others": others, "launches": launches[0]}
@@ -208,12 +211,12 @@ def environment() -> dict:
     from fused_norm.bench import environment as bench
 
     home = cuda.cuda_home()
-    nvcc = bench._output(str(home / "bin" / "nvcc"), "--version") if home else None
+    nvcc = bench.output_of(str(home / "bin" / "nvcc"), "--version") if home else None
     release = re.search(r"release (\S+),", nvcc)[1] if nvcc else None
     return {
         "kind": "environment",
         "sources": digest(),
-        "commit": bench._output("git", "rev-parse", "HEAD", cwd=ROOT),
+        "commit": bench.output_of("git", "rev-parse", "HEAD", cwd=ROOT),
         "versions": {"triton": triton.__version__, "torch": torch.__version__, "nvcc": release},
     }
 
@@ -264,7 +267,8 @@ def main(argv: list[str] | None = None) -> int:
         p.error(f"--target {unknown[0]}: none of {', '.join(triton_kernels.TARGETS)}")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict] = []
-    with args.output.open("w") as file:
+    part = args.output.with_name(args.output.name + ".part")
+    with part.open("w") as file:
 
         def put(row: dict) -> None:
             file.write(json.dumps(row) + "\n")
@@ -287,11 +291,14 @@ def main(argv: list[str] | None = None) -> int:
                     put({"kind": "row"} | row)
         if "traffic" in wanted:
             command = [sys.executable, str(Path(__file__).resolve()), "--count"]
-            done = subprocess.run(
-                command, env=os.environ | {"TRITON_INTERPRET": "1"}, stdout=subprocess.PIPE, text=True, check=True
+            counting = subprocess.Popen(
+                command, env=os.environ | {"TRITON_INTERPRET": "1"}, stdout=subprocess.PIPE, text=True
             )
-            for line in done.stdout.splitlines():
+            for line in counting.stdout:
                 put({"kind": "row"} | json.loads(line))
+            if counting.wait():
+                raise SystemExit(f"counting in the interpreter ended with status {counting.returncode}")
+    part.replace(args.output)
     text = table(rows)
     print("\n" + text)
     args.output.with_suffix(".txt").write_text(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ LOOPED = {
     "rms_norm backward": 5 / 3,
 }
 LOOPED |= dict.fromkeys(("add_layer_norm backward", "dropout_add_layer_norm backward"), 3 / 2)
+LOOPED |= dict.fromkeys(("add_layer_norm forward", "dropout_add_layer_norm forward"), 5 / 4)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,9 @@ def test_the_report_has_every_variant(rows: list[dict]) -> None:
         for kernel in static.KERNELS[:-1]:
             missing = {(kernel, str(build), target) for _, build in static.builds(kernel)} - found
             assert not missing, missing
-    assert {r["target"] for r in rows if r["kernel"] == "cuda"} == {"sm_80", "sm_90", "sm_100"}
+    cuda = collections.Counter((r["variant"].split()[0], r["target"]) for r in rows if r["kernel"] == "cuda")
+    instantiations = {"norm_forward": 36, "ticks_forward": 24, "ticks_backward": 24}
+    assert cuda == {(k, t): n for k, n in instantiations.items() for t in ("sm_80", "sm_90", "sm_100")}
 
 
 def test_nothing_spills_but_what_is_known(rows: list[dict]) -> None:
@@ -60,17 +64,22 @@ def test_nothing_spills_but_what_is_known(rows: list[dict]) -> None:
 
 
 def test_aligned_rows_move_16_bytes_at_a_time(rows: list[dict]) -> None:
-    aligned = [r for r in rows if "loads" in r and r["kernel"] not in ("cuda",) and "1001" not in r["variant"]]
-    streams = [r for r in aligned if not r["variant"].startswith("reduce")]
-    assert streams
-    for r in streams:
-        assert r["loads"].get("16", 0) > 0, r
-        assert r["stores"].get("16", 0) > 0 or (r["variant"].startswith("forward") and r["kernel"] == "ticks"), r
+    """Narrow are single numbers alone: statistics, a pivot, a seed, a loss. (Of CUDA: test_cuda_compile.py.)"""
+    aligned = [r for r in rows if "loads" in r and r["kernel"] != "cuda" and "1001" not in r["variant"]]
+    assert aligned
+    for r in aligned:
+        stores_rows = not r["variant"].startswith("reduce") and (r["kernel"], r["variant"][:7]) != ("ticks", "forward")
+        assert r["loads"].get("16", 0) > 0 and (r["stores"].get("16", 0) > 0 or not stores_rows), r
+        assert sum(k for width, k in r["loads"].items() if width != "16") <= 8, r
+        assert sum(k for width, k in r["stores"].items() if width != "16") <= 5, r
 
 
 def test_a_quarter_of_the_warps_are_resident(rows: list[dict]) -> None:
+    """Of a width that is no multiple of 4 an eighth, on sm_80 and sm_90."""
     known = [r for r in rows if r.get("occupancy") is not None]
-    assert known and all(r["occupancy"] >= 0.125 for r in known), min(known, key=lambda r: r["occupancy"])
+    assert known
+    for r in known:
+        assert r["occupancy"] >= (0.125 if "1001" in r["variant"] else 0.25), r
 
 
 def test_bytes_and_launches(rows: list[dict]) -> None:

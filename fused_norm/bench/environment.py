@@ -35,7 +35,7 @@ PACKAGES = (
 COMPARED = ("device", "cpu", "threads", "versions", "commit", "sources_diff", "variables")
 
 
-def _output(*command: str, cwd: Path | None = None) -> str | None:
+def output_of(*command: str, cwd: Path | None = None) -> str | None:
     try:
         done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
@@ -75,7 +75,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "memory_bytes": p.total_memory,
         "multiprocessors": p.multi_processor_count,
         "l2_bytes": getattr(p, "L2_cache_size", None),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
     }
@@ -90,12 +90,12 @@ def _source() -> dict[str, Any]:
     part of a git repository."""
     here = Path(__file__).resolve()
     root = here.parents[2]
-    if _output("git", "ls-files", "--error-unmatch", str(here), cwd=root) is None:
+    if output_of("git", "ls-files", "--error-unmatch", str(here), cwd=root) is None:
         return {"commit": None, "uncommitted_changes": None, "sources_diff": None}
-    diff = _output("git", "diff", "HEAD", "--", "fused_norm", "csrc", "setup.py", cwd=root)
+    diff = output_of("git", "diff", "HEAD", "--", "fused_norm", "csrc", "setup.py", cwd=root)
     return {
-        "commit": _output("git", "rev-parse", "HEAD", cwd=root),
-        "uncommitted_changes": bool(_output("git", "status", "--porcelain", "--untracked-files=no", cwd=root)),
+        "commit": output_of("git", "rev-parse", "HEAD", cwd=root),
+        "uncommitted_changes": bool(output_of("git", "status", "--porcelain", "--untracked-files=no", cwd=root)),
         "sources_diff": hashlib.sha256(diff.encode()).hexdigest()[:12] if diff else None,
     }
 
