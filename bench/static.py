@@ -4,13 +4,14 @@ Compiles the Triton kernels as they would be launched, and the CUDA kernels, for
 registers, spills, shared memory, occupancy, and how wide it loads and stores; counts in Triton's interpreter the bytes
 that a call moves, and its launches. How a kernel is compiled is the tests' own code (tests/test_triton*.py).
 
-Rows go to FILE.part as they are made; a run that ends puts it in the place of FILE, and a table beside it. ``tests/test_static.py`` holds the committed report to
-its limits.
+Rows go to FILE.part as they are made; a run that ends puts it in the place of FILE, and a table beside it.
+``tests/test_static.py`` holds the committed report to its limits.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
 import json
 import os
@@ -33,16 +34,23 @@ LIMITS = {
     "sm_100": (65536, 64, 227 << 10, 32),
 }
 KERNELS = ("norm", "add_norm", "double_backward", "ticks", "cuda")
-SOURCES = ("fused_norm/backends/triton", "csrc/cuda")
 
 
-def digest() -> str:
-    """Of the kernels' sources: a report of others says nothing of these."""
+def digest(root: Path = ROOT) -> str:
+    """Of what is compiled: the CUDA sources, the functions of Triton, and what chooses their launches. A report of
+    others says nothing of these."""
     found = hashlib.sha256()
-    for folder in SOURCES:
-        for path in sorted((ROOT / folder).glob("*.*")):
-            if path.suffix in (".py", ".cu", ".cuh", ".h"):
-                found.update(path.name.encode() + path.read_bytes())
+    for path in sorted((root / "csrc/cuda").glob("*.*")):
+        if path.suffix in (".cu", ".cuh", ".h"):
+            found.update(path.name.encode() + path.read_bytes())
+    for path in sorted((root / "fused_norm/backends/triton").glob("*.py")):
+        text = path.read_text()
+        if path.name == "launch.py":
+            found.update(text.encode())
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list):
+                decorators = [ast.unparse(d) for d in node.decorator_list]
+                found.update(f"{path.name} {decorators} {ast.get_source_segment(text, node)}".encode())
     return found.hexdigest()[:16]
 
 
