@@ -15,9 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-import torch.nn.functional as F
 import worker_processes
-from cases import OPS, NormCase, NormInputs, assert_same_bits, call, draw, exception_of, leaf, run
+from cases import OPS, NormCase, assert_same_bits, call, draw, exception_of, leaf, run
 from subprocesses import Outcomes, assert_passed, run_worker
 from torch import Tensor
 
@@ -271,37 +270,6 @@ def test_in_a_process_of_its_own(check: str, alone: list[Outcomes]) -> None:
 # ----------------------------------------------------------------------------------------------- CUDA: streams, devices
 
 
-def _expected(op: str, inputs: NormInputs, n: int) -> list[Tensor]:
-    leaves = leaf(inputs.x), leaf(inputs.weight)
-    y = call(op, F, leaves[0], (n,), leaves[1])
-    return [y.detach(), *torch.autograd.grad(y, leaves, inputs.dy)]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("op", OPS)
-def test_a_stream_that_is_not_the_default_one(op: str) -> None:
-    """Kernels wait for what their own stream still computes, in forward and in backward, and for nothing else's."""
-    case = NormCase(op, 512, 1024, torch.float32, "weight")
-    inputs = draw(case, "cuda")
-    expected = _expected(op, inputs, case.n)
-    run(case, inputs)  # compiled beforehand: what compiles would also wait
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        x, w, dy = (torch.zeros_like(t) for t in (inputs.x, inputs.weight, inputs.dy))
-        stream.synchronize()
-        torch.cuda._sleep(20_000_000)  # a kernel on another stream would read the zeros
-        for t, value in ((x, inputs.x), (w, inputs.weight), (dy, inputs.dy)):
-            t.copy_(value)
-        x.requires_grad_()
-        w.requires_grad_()
-        y = call(op, FF, x, (case.n,), w)
-    grads = torch.autograd.grad(y, (x, w), dy)  # backward takes forward's stream by itself
-    torch.cuda.current_stream().wait_stream(stream)
-    for a, e in zip((y.detach(), *grads), expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", OPS)
 def test_threads_with_streams_of_their_own(op: str) -> None:
@@ -319,24 +287,3 @@ def test_threads_with_streams_of_their_own(op: str) -> None:
     for i, results in enumerate(_together(work, 4)):
         for result in results:
             _assert_same(result, expected[i], f"thread {i}")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("op", OPS)
-def test_a_device_that_is_not_the_current_one(op: str) -> None:
-    """Kernels run where the tensors are, and leave the current device alone."""
-    if torch.cuda.device_count() < 2:
-        pytest.skip("one CUDA device here")
-    case = NormCase(op, 64, 512, torch.float32, "weight")
-    inputs = draw(case, "cuda:1")
-    expected = _expected(op, inputs, case.n)
-    assert torch.cuda.current_device() == 0
-    x, w = leaf(inputs.x), leaf(inputs.weight)
-    y = call(op, FF, x, (case.n,), w)
-    grads = torch.autograd.grad(y, (x, w), inputs.dy)
-    assert torch.cuda.current_device() == 0
-    for a, e in zip((y.detach(), *grads), expected, strict=True):
-        assert a.device == e.device
-        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
-    with pytest.raises(RuntimeError):
-        call(op, FF, x, (case.n,), w.to("cuda:0"))
