@@ -269,7 +269,7 @@ BUGS = {
         "12 of 32 lanes are at a shuffle",
     ),
     "a wrong shuffle offset": Bug(
-        "common.cuh", "(threads < kWarp ? threads : kWarp) / 2", "kWarp / 4", lambda: draw(1, 128), None
+        "common.cuh", "int offset = lanes / 2;", "int offset = lanes / 4;", lambda: draw(1, 128), None
     ),
     "a read past the row's end": Bug(
         "common.cuh",

@@ -155,30 +155,51 @@ __device__ __forceinline__ void load_params(const W* __restrict__ row, int c, in
   }
 }
 
-// Sums each v[i] over the threads of one row; every thread gets the same bits. The tree depends on blockDim.x (threads per row) alone: a
-// butterfly inside each warp, then one over the warps' sums in `partial`, COUNT*kWarp elements of shared memory that this block uses
-// for no other sum, so that one barrier is enough. With blockDim.x <= 32 several rows may share a warp.
+// Sums each v[i] over `lanes` adjacent lanes of a warp, a power of two: a butterfly, so that each gets the same bits.
+template <int COUNT, typename A>
+__device__ __forceinline__ void sum_over_lanes(A (&v)[COUNT], int lanes) {
+  for (int offset = lanes / 2; offset > 0; offset /= 2) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) v[i] += __shfl_xor_sync(0xffffffffu, v[i], offset);
+  }
+}
+
+// A row's sums over more than one warp: each warp leaves its sums in shared memory, and when all have, every warp adds up what all left. The
+// order is that of the entries alone, slice by slice, warp by warp in a slice: who left them, and when, changes no bit.
+//
+// `partial` is COUNT*entries elements that are used for no other sum before the next barrier but one.
+template <int COUNT, typename A>
+__device__ __forceinline__ void leave_warp_sums(A (&v)[COUNT], A* partial, int slice, int slices) {
+  const int warps = static_cast<int>(blockDim.x) / kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+  sum_over_lanes(v, kWarp);
+  if (threadIdx.x % kWarp != 0) return;
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) partial[(i * slices + slice) * warps + warp] = v[i];
+}
+
+template <int COUNT, typename A>
+__device__ __forceinline__ void add_warp_sums(A (&v)[COUNT], const A* partial, int entries) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) v[i] = lane < entries ? partial[i * entries + lane] : A(0);
+#pragma unroll 1
+  for (int e = lane + kWarp; e < entries; e += kWarp) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) v[i] += partial[i * entries + e];
+  }
+  sum_over_lanes(v, kWarp);
+}
+
+// Sums each v[i] over the threads of one row; every thread gets the same bits. The tree depends on blockDim.x (threads per row) alone. With more
+// than a warp, `partial` is COUNT*kWarp elements of shared memory that this block uses for no other sum, so that one barrier is enough. With
+// less, several rows may share a warp.
 template <int COUNT, typename A>
 __device__ __forceinline__ void sum_over_row(A (&v)[COUNT], A* partial) {
   const int threads = static_cast<int>(blockDim.x);
-  for (int offset = (threads < kWarp ? threads : kWarp) / 2; offset > 0; offset /= 2) {
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) v[i] += __shfl_xor_sync(0xffffffffu, v[i], offset);
-  }
-  if (threads <= kWarp) return;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
-#pragma unroll
-  for (int i = 0; i < COUNT; ++i) {
-    if (lane == 0) partial[i * kWarp + warp] = v[i];
-  }
+  if (threads <= kWarp) return sum_over_lanes(v, threads);
+  leave_warp_sums(v, partial, 0, 1);
   __syncthreads();
-#pragma unroll
-  for (int i = 0; i < COUNT; ++i) v[i] = lane < threads / kWarp ? partial[i * kWarp + lane] : A(0);
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) v[i] += __shfl_xor_sync(0xffffffffu, v[i], offset);
-  }
+  add_warp_sums(v, partial, threads / kWarp);
 }
 
 }  // namespace fused_norm

@@ -1,8 +1,9 @@
 // CUDA on a CPU, as far as csrc/cuda/*.cuh uses it: a kernel is an ordinary function, called once for each thread on a fiber of its own.
-// The fibers of a block take turns on one thread of the CPU and give way only at shuffles and barriers; blocks run one by one.
+// The fibers of a block take turns on one thread of the CPU and give way only at shuffles and barriers; clusters of blocks run one by one.
 //
-// A warp runs as far as it can before the next one starts, warps in ascending or descending order. That is the schedule least kind
-// to a missing barrier: whatever other warps should have written is not there yet, and shared memory starts as NaN.
+// A warp runs as far as it can before the next one starts, and a block of a cluster as far as it can before the next, warps and blocks in
+// ascending or descending order. That is the schedule least kind to a missing barrier: whatever others should have written is not
+// there yet, and shared memory starts as NaN.
 #pragma once
 
 #include <cmath>
@@ -38,8 +39,23 @@ namespace emulation {
 // Every lane of the warp gives a value, and takes the one that lane ^ offset gave.
 uint64_t shuffle_xor(uint64_t value, int offset);
 
-// Runs kernel() for every thread of every block. Exits with a message where threads wait for each other in vain.
-void launch(const std::function<void()>& kernel, Dim3 grid, Dim3 block, size_t shared_bytes, bool ascending);
+// Of the cluster that runs: its blocks, all there at once, each with its own shared memory.
+int cluster_blocks();
+int cluster_rank();
+// The halves of a barrier of all its threads; one that has returned counts as arrived.
+void cluster_arrive();
+void cluster_wait();
+// The flag of a mailbox in shared memory, as cluster.cuh has it.
+void mailbox_open(uint64_t* flag);
+void mailbox_expect(uint64_t* flag, int bytes);
+void mailbox_wait(uint64_t* flag, int parity);
+// Writes to where the shared memory of block `rank` has what this block has at `place`. Exits with a message where that block has not begun
+// or is gone.
+void mailbox_send(void* place, uint64_t* flag, int rank, const void* from, size_t bytes);
+
+// Runs kernel() for every thread of every block, `cluster` blocks adjacent in x making a cluster. Exits with a message where threads wait
+// for each other in vain.
+void launch(const std::function<void()>& kernel, Dim3 grid, Dim3 block, size_t shared_bytes, bool ascending, int cluster = 1);
 
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
