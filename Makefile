@@ -57,7 +57,7 @@ gradcheck: $(VENV)/.ready
 	OMP_WAIT_POLICY=PASSIVE $(PY) -m fused_norm gradcheck $(ARGS)
 
 # On a machine with a CUDA GPU, torch, triton and nvcc, no network needed: the system's Python as it is.
-# SECTION=build|test|gradcheck|sanitize|bench runs one part.
+# SECTION=build|test|gradcheck|sanitize|bench|tune runs one part, in at most nine minutes; ARGS="--budget 900" bounds all.
 gpu:
 	$(PYTHON) bench/gpu.py $(if $(SECTION),--section $(SECTION)) $(ARGS)
 
