@@ -852,6 +852,21 @@ def test_ctrl_c_in_a_process_of_its_own(tmp_path):
     assert found.finished and len(found.rows) == 48 and len(found.environments) == 2
 
 
+def test_ctrl_c_waits_for_the_profiler():
+    done = []
+
+    def call() -> torch.Tensor:
+        signal.raise_signal(signal.SIGINT)
+        done.append("call")
+        return torch.ones(4)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        memory.cpu_peak(call, ())
+    assert done == ["call"] and signal.getsignal(signal.SIGINT) is before
+    assert memory.cpu_peak(lambda: torch.ones(4), ()).peak == 16  # the profiler was stopped, and starts again
+
+
 def lines_of_whole(path: Path, kind: str) -> list[dict]:
     return lines_of(path.read_text().rpartition("\n")[0], kind)
 

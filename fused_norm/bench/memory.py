@@ -6,7 +6,10 @@ buffers, a kernel's stack) does not.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -43,11 +46,28 @@ def returned_bytes(result: object, held: tuple[Tensor, ...]) -> int:
     return total
 
 
+@contextlib.contextmanager
+def _interrupted_afterwards() -> Iterator[None]:
+    """Ctrl-C waits for the end: the profiler, started or stopped by half, takes the process down with it."""
+    if threading.current_thread() is not threading.main_thread():  # no signal arrives here, nor may a handler be set
+        yield
+        return
+    arrived: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: arrived.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if arrived:
+            signal.raise_signal(signal.SIGINT)
+
+
 def cpu_peak(call: Callable[[], object], held: tuple[Tensor, ...]) -> Peak:
     """The profiler writes down every allocation and release of torch's CPU allocator; releases of memory that is older
     than the call are not among them."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler prints two lines each time
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with _interrupted_afterwards(), torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
         result = call()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     live = highest = 0
