@@ -2,7 +2,8 @@
 
 Compiles the Triton kernels as they would be launched, and the CUDA kernels, for every target, and tells of each its
 registers, spills, shared memory, occupancy, and how wide it loads and stores; counts in Triton's interpreter the bytes
-that a call moves, and its launches. How a kernel is compiled is the tests' own code (tests/test_triton*.py).
+that a call moves, and its launches; times what the host does for a call, under a driver that launches nothing. How a
+kernel is compiled is the tests' own code (tests/test_triton*.py).
 
 Rows go to FILE.part as they are made; a run that ends puts it in the place of FILE, and a table beside it.
 ``tests/test_static.py`` holds the committed report to its limits.
@@ -12,12 +13,15 @@ from __future__ import annotations
 
 import argparse
 import ast
+import gc
 import hashlib
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
@@ -34,6 +38,9 @@ LIMITS = {
     "sm_100": (65536, 64, 227 << 10, 32),
 }
 KERNELS = ("norm", "add_norm", "double_backward", "ticks", "cuda")
+#: What is not compiled but counted, each in a process of its own: bytes and launches; the host's time.
+COUNTED = {"traffic": {"TRITON_INTERPRET": "1"}, "host": {}}
+HOST_CALLS = 2000
 
 
 def digest(root: Path = ROOT) -> str:
@@ -150,7 +157,7 @@ def cuda_rows(target: str) -> Iterator[dict]:
             yield row | {"spills": k.spilled, "stack": k.stack, **widths}
 
 
-def count() -> None:
+def traffic() -> None:
     """In a process under the interpreter: the bytes and launches of a call, as JSON lines on stdout."""
     import pytest
     import torch
@@ -168,17 +175,17 @@ def count() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter.GridExecutor, "__call__", counted)
-        traffic = Traffic(patch)
+        moved_by = Traffic(patch)
 
         def measured(name: str, x: torch.Tensor, given: list[torch.Tensor], units: int, call: Callable) -> tuple:
             """``given``: tensors of x's size that it reads; ``units``: how many of that size an ideal call moves."""
-            traffic.clear()
+            moved_by.clear()
             launches[0] = 0
             result = call()
             made = [t for t in result if t is not None and t.numel() == x.numel()]
             # A looped row reads back what it has stored itself (the sum of add and norm): that counts as well.
-            moved = sum(traffic.of("load", t) for t in [*given, *made]) + sum(traffic.of("store", t) for t in made)
-            others = traffic.total("load") + traffic.total("store") - moved
+            moved = sum(moved_by.of("load", t) for t in [*given, *made]) + sum(moved_by.of("store", t) for t in made)
+            others = moved_by.total("load") + moved_by.total("store") - moved
             place = f"{x.shape[0]}x{x.shape[1]} {x.dtype}".replace("torch.", "")
             numbers = {"bytes": moved, "ideal": units * x.nbytes, "others": others, "launches": launches[0]}
             print(json.dumps({"kernel": "traffic", "variant": name, "target": place, **numbers}), flush=True)
@@ -211,6 +218,78 @@ def count() -> None:
             measured("ticks backward", z, [z], 2, partial(backend.ticks_backward, *grads))
 
 
+def microseconds(call: Callable[[], object]) -> float:
+    """The median of single calls, without garbage collection."""
+    for _ in range(100):
+        call()
+    times = []
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(HOST_CALLS):
+            begin = time.perf_counter_ns()
+            call()
+            times.append(time.perf_counter_ns() - begin)
+    finally:
+        gc.enable()
+    return round(statistics.median(times) / 1000, 1)
+
+
+def host() -> None:
+    """In a process of its own: the host's microseconds for a call, as JSON lines on stdout.
+
+    The tensors are a CPU's, whose memory is as fast to get as that of torch's CUDA allocator; nothing computes on them
+    but torch's own function, which stands beside ours for a measure of the machine: of a single row, on the CPU.
+    """
+    import torch
+    import triton
+    from test_triton_launch import calls
+    from triton_kernels import launches_written_down
+
+    import fused_norm
+    import fused_norm.functional as FF
+    from fused_norm import dispatch
+    from fused_norm.backends import triton as backend
+
+    torch.set_num_threads(1)
+    n = 1024
+    dispatch.unavailable = lambda name, op, device_type: None  # a CPU's tensors stand for a GPU's
+    x, one, w, b = torch.randn(64, n), torch.randn(1, n), torch.ones(n), torch.zeros(n)
+
+    def both(function: Callable, x: torch.Tensor, rms: bool, **options: object) -> Callable[[], object]:
+        leaves = [t.clone().requires_grad_() for t in ((x, w) if rms else (x, w, b))]
+        dy = torch.randn_like(x)
+        return lambda: torch.autograd.grad(function(leaves[0], (n,), *leaves[1:], **options), leaves, dy)
+
+    def put(name: str, **numbers: object) -> None:
+        print(json.dumps({"kernel": "host", "variant": name, "target": "fp32", **numbers}), flush=True)
+
+    with launches_written_down() as launched, fused_norm.use_backend("triton"):
+
+        def launches(call: Callable[[], object]) -> int:
+            call()
+            before = len(launched)
+            call()
+            return len(launched) - before
+
+        for name, args in calls().items():
+            call = partial(getattr(backend, name), *args)
+            numbers = {"launches": launches(call), "us": microseconds(call)}
+            hook = triton.knobs.runtime.launch_enter_hook
+            hook.add(print)  # nobody calls it here; with a hook every launch takes Triton's own way
+            numbers["triton_us"] = microseconds(call)
+            hook.remove(print)
+            put(name, **numbers)
+        for rms, ours, theirs in (
+            (False, FF.layer_norm, torch.nn.functional.layer_norm),
+            (True, FF.rms_norm, torch.nn.functional.rms_norm),
+        ):
+            call, torchs = both(ours, x, rms), both(theirs, one, rms)
+            name = f"{ours.__name__} forward+backward with autograd"
+            put(name, launches=launches(call), us=microseconds(call), torch_us=microseconds(torchs))
+            launched.clear()
+
+
 def environment() -> dict:
     import test_cuda_compile as cuda
     import torch
@@ -225,6 +304,7 @@ def environment() -> dict:
         "kind": "environment",
         "sources": digest(),
         "commit": bench.output_of("git", "rev-parse", "HEAD", cwd=ROOT),
+        "cpu": bench.cpu_name(),
         "versions": {"triton": triton.__version__, "torch": torch.__version__, "nvcc": release},
     }
 
@@ -235,7 +315,7 @@ def table(rows: list[dict]) -> str:
     lines = [f"{'kernel':<16}{'target':<8}{'variants':>9}" + "".join(f"{name:>14}" for name in names)]
     groups: dict[tuple[str, str], list[dict]] = {}
     for r in rows:
-        if r["kernel"] != "traffic":
+        if r["kernel"] not in COUNTED:
             groups.setdefault((r["kernel"], r["target"]), []).append(r)
     for (kernel, target), group in groups.items():
         line = f"{kernel:<16}{target:<8}{len(group):>9}"
@@ -250,27 +330,34 @@ def table(rows: list[dict]) -> str:
         if r["kernel"] == "traffic":
             numbers = f"{r['bytes']:>10}{r['bytes'] / r['ideal']:>10.3f}{r['others']:>10}{r['launches']:>10}"
             lines.append(f"{r['variant']:<34}{r['target']:<20}{numbers}")
+    lines += ["", f"{'host, launches stubbed':<54}{'us':>8}{'by Triton':>12}{'torch, CPU':>12}{'launches':>10}"]
+    for r in rows:
+        if r["kernel"] == "host":
+            beside = "".join(f"{r.get(name, '-'):>12}" for name in ("triton_us", "torch_us"))
+            lines.append(f"{r['variant']:<54}{r['us']:>8}{beside}{r['launches']:>10}")
     notes = (
         "bytes: of the tensors of x's size; others: parameters, which all programs read and caches hold, statistics,",
         "partial sums. spills: bytes on CUDA, registers on AMD. occupancy: the share of a multiprocessor's warps.",
+        "us: the host's time for a call, on this report's machine; by Triton: if Triton's own launcher does it all;",
+        "torch, CPU: its own function, forward and backward of one row of 1024 elements, with the arithmetic.",
     )
     return "\n".join([*lines, "", *notes]) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    p.add_argument("--kernel", choices=(*KERNELS, "traffic"), action="append", help="these alone")
+    p.add_argument("--kernel", choices=(*KERNELS, *COUNTED), action="append", help="these alone")
     p.add_argument("--target", action="append", help="these alone, of sm_80, sm_90, sm_100, gfx942, gfx950")
     p.add_argument("--output", type=Path, default=ROOT / "runs" / "static-gpu.jsonl")
-    p.add_argument("--count", action="store_true", help=argparse.SUPPRESS)
+    p.add_argument("--count", choices=COUNTED, help=argparse.SUPPRESS)
     args = p.parse_args(argv)
     if args.count:
-        count()
+        (traffic if args.count == "traffic" else host)()
         return 0
     import triton_kernels
 
     triton_kernels.TARGETS.setdefault("gfx950", ("hip", "gfx950", 64))
-    wanted, targets = args.kernel or [*KERNELS, "traffic"], args.target or [*triton_kernels.TARGETS]
+    wanted, targets = args.kernel or [*KERNELS, *COUNTED], args.target or [*triton_kernels.TARGETS]
     if unknown := [t for t in targets if t not in triton_kernels.TARGETS]:
         p.error(f"--target {unknown[0]}: none of {', '.join(triton_kernels.TARGETS)}")
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -297,15 +384,13 @@ def main(argv: list[str] | None = None) -> int:
             if "cuda" in wanted and target.startswith("sm_"):
                 for row in cuda_rows(target):
                     put({"kind": "row"} | row)
-        if "traffic" in wanted:
-            command = [sys.executable, str(Path(__file__).resolve()), "--count"]
-            counting = subprocess.Popen(
-                command, env=os.environ | {"TRITON_INTERPRET": "1"}, stdout=subprocess.PIPE, text=True
-            )
+        for name in (k for k in wanted if k in COUNTED):
+            command = [sys.executable, str(Path(__file__).resolve()), "--count", name]
+            counting = subprocess.Popen(command, env=os.environ | COUNTED[name], stdout=subprocess.PIPE, text=True)
             for line in counting.stdout:
                 put({"kind": "row"} | json.loads(line))
             if counting.wait():
-                raise SystemExit(f"counting in the interpreter ended with status {counting.returncode}")
+                raise SystemExit(f"{name}: its process ended with status {counting.returncode}")
     part.replace(args.output)
     text = table(rows)
     print("\n" + text)

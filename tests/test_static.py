@@ -58,7 +58,7 @@ def test_the_report_has_every_variant(rows: list[dict]) -> None:
 
 
 def test_nothing_spills_but_what_is_known(rows: list[dict]) -> None:
-    for r in (r for r in rows if r["kernel"] != "traffic"):
+    for r in (r for r in rows if r["kernel"] not in static.COUNTED):
         most = KNOWN_SPILLS.get(r["variant"], 0) if r["target"].startswith("gfx") else 0
         assert r["stack"] == 0 and r["spills"] <= most, r
 
@@ -90,6 +90,17 @@ def test_bytes_and_launches(rows: list[dict]) -> None:
         most = LOOPED.get(r["variant"], 1) if "x32768" in r["target"] else 1
         assert 1 <= r["bytes"] / r["ideal"] <= most + 0.001, r
         assert r["launches"] <= (2 if "backward" in r["variant"] else 1), r
+
+
+def test_the_host_launches_no_more_than_it_must_and_faster_than_triton(rows: list[dict]) -> None:
+    host = {r["variant"]: r for r in rows if r["kernel"] == "host"}
+    two = {"norm_backward", "norm_double_backward", "add_norm_backward"}
+    one = {"norm_forward", "add_norm_forward", "ticks_forward", "ticks_backward"}
+    whole = {f"{op} forward+backward with autograd" for op in ("layer_norm", "rms_norm")}
+    assert set(host) == one | two | whole
+    for name, r in host.items():
+        assert r["launches"] == (3 if name in whole else 2 if name in two else 1), r
+        assert name in whole or r["us"] < r["triton_us"] / 2, r
 
 
 def test_readings() -> None:

@@ -13,62 +13,18 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton_kernels import needs_compiler  # noqa: E402
+from triton_kernels import launches_written_down, needs_compiler  # noqa: E402
 
 from fused_norm.backends import triton as backend  # noqa: E402
-from fused_norm.backends.triton import common  # noqa: E402
 
 pytestmark = needs_compiler
 
 
-class Driver:
-    """A GPU that is always there. ``None`` is the index of the CPU's tensors, which stand for a device's."""
-
-    def __init__(self) -> None:
-        self.launched: list[tuple] = []
-        driver = self
-
-        class Launcher:
-            def __init__(self, src, metadata) -> None:
-                self.src = src
-
-            def __call__(self, *args) -> None:
-                driver.launched.append((self.src.fn, args))
-
-        class Utilities:
-            load_binary = staticmethod(lambda *_: (1, 2, 0, 0, 1024))
-            unload_module = staticmethod(lambda *_: None)
-            get_device_properties = staticmethod(lambda _: {"max_shared_mem": 232448})
-
-        self.launcher_cls, self.utils = Launcher, Utilities
-
-    def get_current_device(self) -> None:
-        return None
-
-    def get_current_stream(self, device: object) -> int:
-        return 77
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple]]:
+def launched() -> Iterator[list[tuple]]:
     """(kernel, arguments of its launcher) of every launch, in order."""
-    from triton.compiler import compiler
-    from triton.runtime import driver
-
-    stand_in = Driver()
-    monkeypatch.setattr(compiler, "max_shared_mem", lambda _: 232448)
-    before = driver._active
-    driver.set_active(stand_in)
-    common.forget_launches()
-    yield stand_in.launched
-    driver._active = before
-    common.forget_launches()
-    for kernel in {id(k): k for k, _ in stand_in.launched}.values():
-        kernel.device_caches.clear()
+    with launches_written_down() as found:
+        yield found
 
 
 def calls() -> dict[str, tuple]:

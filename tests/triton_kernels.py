@@ -9,7 +9,9 @@ A test module imports ``runs_kernels`` with the fixtures ``remember_selected``, 
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import os
 import re
 import subprocess
@@ -22,6 +24,7 @@ import pytest
 import torch
 import triton
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
 
 from fused_norm.backends import triton as backend
 from fused_norm.backends.triton import common
@@ -231,3 +234,59 @@ def assert_64_bit_offsets(ttir: str) -> None:
     products = re.findall(r"arith\.muli (\S+), (\S+) : (?:tensor<\S*x)?(i\d+)", ttir)
     narrow = [p for p in products if p[2] != "i64" and not any(factor.startswith("%c") for factor in p[:2])]
     assert any(p[2] == "i64" for p in products) and not narrow, narrow
+
+
+# ------------------------------------------------------------------------------------------- a driver without a GPU
+
+
+class _Driver:
+    """A GPU that is always there. ``None`` is the index of the CPU's tensors, which stand for a device's."""
+
+    def __init__(self) -> None:
+        self.launched: list[tuple] = []
+        driver = self
+
+        class Launcher:
+            def __init__(self, src, metadata) -> None:
+                self.src = src
+
+            def __call__(self, *args) -> None:
+                driver.launched.append((self.src.fn, args))
+
+        class Utilities:
+            load_binary = staticmethod(lambda *_: (1, 2, 0, 0, 1024))
+            unload_module = staticmethod(lambda *_: None)
+            get_device_properties = staticmethod(lambda _: {"max_shared_mem": 232448})
+
+        self.launcher_cls, self.utils = Launcher, Utilities
+
+    def get_current_device(self) -> None:
+        return None
+
+    def get_current_stream(self, device: object) -> int:
+        return 77
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+@contextlib.contextmanager
+def launches_written_down() -> Iterator[list[tuple]]:
+    """Under a driver that launches nothing: (kernel, arguments of its launcher) of every launch, in order. Kernels are
+    really compiled, for sm_90."""
+    from triton.compiler import compiler
+    from triton.runtime import driver
+
+    stand_in = _Driver()
+    before, shared = driver._active, compiler.max_shared_mem
+    compiler.max_shared_mem = lambda _: 232448
+    driver.set_active(stand_in)
+    common.forget_launches()
+    try:
+        yield stand_in.launched
+    finally:
+        common.forget_launches()
+        for kernel in {id(k): k for k, _ in stand_in.launched}.values():
+            kernel.device_caches.clear()
+        gc.collect()  # a compiled kernel asks its driver to unload it
+        driver._active, compiler.max_shared_mem = before, shared
