@@ -1,8 +1,8 @@
 """Which backend serves a call. This is the only place that chooses.
 
 ``auto`` takes the first of the list for the tensor's device that can run here, and logs once why an earlier one could
-not. A backend asked for by name, with :func:`use_backend` or the environment variable ``FUSED_NORM_BACKEND``, runs or
-raises.
+not; where a CUDA device has native and Triton kernels for the norms, :mod:`.backends.by_size` shares them out. A
+backend asked for by name, with :func:`use_backend` or the environment variable ``FUSED_NORM_BACKEND``, runs or raises.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ _MODULES = {
 }
 BACKENDS = tuple(_MODULES)
 _AUTO_ORDER = {"cuda": ("triton", "native", "torch"), "cpu": ("native", "torch")}
+_BY_SIZE = "fused_norm.backends.by_size"  # for ``auto`` alone
 
 _log = logging.getLogger("fused_norm")
 _warned: dict[str, object] = {}
@@ -68,6 +69,10 @@ def _warn_once(message: str) -> None:
 
 @functools.cache
 def _auto(op: str, device_type: str) -> ModuleType | None:
+    if (op, device_type) == ("norm", "cuda"):
+        reasons = [unavailable(name, op, device_type) for name in ("native", "triton")]
+        if reasons == [None, None]:
+            return importlib.import_module(_BY_SIZE)
     missing = []
     for name in _AUTO_ORDER.get(device_type, ("torch",)):
         module = load(name)
@@ -121,6 +126,8 @@ def compile_plan(op: str, device_type: str) -> str:
 def _plan(op: str, device_type: str, latest: str) -> str:
     module = _backend(latest, op, device_type)
     name = "torch" if module is None else module.__name__.rpartition(".")[2]
+    if module is not None and module.__name__ == _BY_SIZE:
+        name = "auto"
     return f"{name} {__version__}"
 
 

@@ -197,18 +197,6 @@ def test_auto_takes_native_before_torch_on_a_cpu(monkeypatch) -> None:
     assert seen == [1]
 
 
-@pytest.mark.gpu
-def test_auto_takes_triton_on_cuda(monkeypatch) -> None:
-    if fused_norm.available_backends()["triton"] is not None:
-        pytest.skip(f"triton: {fused_norm.available_backends()['triton']}")
-    import fused_norm.backends.triton as triton_backend
-
-    seen, original = [], triton_backend.norm_forward
-    monkeypatch.setattr(triton_backend, "norm_forward", lambda *a, **k: seen.append(1) or original(*a, **k))
-    FF.layer_norm(torch.randn(3, 8, device="cuda"), (8,))
-    assert seen == [1]
-
-
 @pytest.mark.parametrize("rms", [False, True])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("name", ["native", "reference"])
