@@ -105,7 +105,7 @@ __device__ __forceinline__ void chunk_set(Chunk& chunk, int j, T v) {
 // nothing for asking.
 template <bool VECTOR, int K>
 __device__ __forceinline__ bool present(int c, int j, int64_t n) {
-  return VECTOR || static_cast<int64_t>(c) * K + j < n;
+  return VECTOR || j < n - static_cast<int64_t>(c) * K;
 }
 
 // Loads chunk c of a row of n elements: one 16-byte access where VECTOR (the row is then 16-byte aligned and the chunk whole),

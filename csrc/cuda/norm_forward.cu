@@ -1,15 +1,26 @@
 // The launcher of norm_forward.cuh.
-#include <cuda_runtime.h>
-
+#include "launch.cuh"
 #include "norm_forward.cuh"
 
 namespace fused_norm {
 namespace {
 
-// Every kernel may take this much shared memory; more has to be asked for.
-constexpr size_t kSharedForAll = 48 * 1024;
+struct Launcher {
+  int device;
+  cudaStream_t stream;
 
-const char* describe(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+  template <typename Kernel>
+  bool holds(int blocks, int threads, size_t shared_bytes, Kernel kernel) const {
+    return blocks == 1 || Launch(device, dim3(blocks), dim3(threads), blocks, shared_bytes, stream).holds(kernel);
+  }
+
+  template <typename Kernel, typename... Args>
+  const char* operator()(const NormForwardLaunch& how, Kernel kernel, Args... args) const {
+    if (how.blocks > 0x7fffffff) return "more rows than one launch can serve";
+    const dim3 grid(static_cast<unsigned>(how.blocks)), block(how.threads_per_row, how.rows_per_block);
+    return Launch(device, grid, block, how.cluster, how.shared_bytes, stream)(kernel, args...);
+  }
+};
 
 }  // namespace
 
@@ -17,21 +28,9 @@ const char* launch_norm_forward(const NormForward& args, int device, void* strea
   // This library has the CUDA runtime linked in, torch another copy: make sure that both mean the same device. The caller's guard
   // has set it already and restores it.
   if (const char* error = describe(cudaSetDevice(device))) return error;
-  int shared_limit = 0;
-  if (const char* error = describe(cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device))) return error;
-
-  return choose_norm_forward(
-      args, static_cast<size_t>(shared_limit), [&](const NormForwardLaunch& how, auto kernel, auto... kernel_args) -> const char* {
-        if (how.blocks > 0x7fffffff) return "more rows than one launch can serve";
-        if (how.shared_bytes > kSharedForAll) {
-          const auto function = reinterpret_cast<const void*>(kernel);
-          const auto bytes = static_cast<int>(how.shared_bytes);
-          if (const char* error = describe(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))) return error;
-        }
-        const dim3 block(how.threads_per_row, how.rows_per_block);
-        kernel<<<static_cast<unsigned>(how.blocks), block, how.shared_bytes, static_cast<cudaStream_t>(stream)>>>(kernel_args...);
-        return describe(cudaGetLastError());
-      });
+  const Device& found = device_of(device);
+  if (const char* error = describe(found.error)) return error;
+  return choose_norm_forward(args, {found.compute_capability, found.shared_limit}, Launcher{device, static_cast<cudaStream_t>(stream)});
 }
 
 }  // namespace fused_norm

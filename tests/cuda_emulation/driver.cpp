@@ -1,5 +1,5 @@
-// Reads calls from standard input until it ends, runs each in the emulation, and writes the results to standard output: a Header and the bytes of x's rows,
-// of weight and of bias in, a Chosen and the bytes of y and stats out (emulator.py is the other side).
+// Reads calls from standard input until it ends, runs each in the emulation, and writes the results to standard output: a Header and the
+// bytes of x's rows, of weight and of bias in, a Chosen and the bytes of y and stats out (emulator.py is the other side).
 //
 // Every buffer begins exactly where the caller wants it relative to 16-byte alignment, and AddressSanitizer guards both its ends.
 // A call runs under two schedules; the results must agree to the last bit.
@@ -17,7 +17,7 @@ namespace {
 
 struct Header {
   int64_t dtype, param_dtype, rms, cast, need_stats, has_weight, has_bias, params_grouped;
-  int64_t groups, rows, n, x_row_stride, shared_limit;
+  int64_t groups, rows, n, x_row_stride, compute_capability, shared_limit, largest_cluster;
   int64_t x_offset, y_offset, weight_offset, bias_offset;  // bytes past a 256-byte boundary
   double eps;
 };
@@ -43,6 +43,7 @@ void serve(const Header& h) {
 
   const auto found = registry().find({h.dtype, h.param_dtype});
   if (found == registry().end()) emulation::fail("this executable was built without these types");
+  const ForwardDevice device{static_cast<int>(h.compute_capability), static_cast<size_t>(h.shared_limit), static_cast<int>(h.largest_cluster)};
   std::vector<char> first;
   for (const bool ascending : {true, false}) {
     Buffer y(static_cast<size_t>(h.rows * h.n) * size, h.y_offset), stats(stats_rows * h.rows * acc_size, 0);
@@ -62,13 +63,13 @@ void serve(const Header& h) {
     args.eps = h.eps;
     args.rms = h.rms;
     args.cast = h.cast;
-    const Chosen chosen = found->second(args, static_cast<size_t>(h.shared_limit), ascending);
+    const Chosen chosen = found->second(args, device, ascending);
     std::vector<char> result(static_cast<char*>(y.data()), static_cast<char*>(y.data()) + y.bytes());
     result.insert(result.end(), static_cast<char*>(stats.data()), static_cast<char*>(stats.data()) + stats.bytes());
     if (ascending) {
       first = std::move(result);
     } else if (first != result) {
-      emulation::fail("the result depends on the order in which warps run");
+      emulation::fail("the result depends on the order in which warps run or copies arrive");
     } else {
       fwrite(&chosen, sizeof chosen, 1, stdout);
       y.write();

@@ -73,7 +73,9 @@ class Call:
     need_stats: bool = True
     x_row_stride: int | None = None
     offsets: tuple[int, int, int, int] = (0, 0, 0, 0)
+    compute_capability: int = 90
     shared_limit: int = SHARED_LIMIT
+    largest_cluster: int = 16  # that the device has room for
 
     def encode(self) -> bytes:
         rows, n = self.x.shape
@@ -81,10 +83,11 @@ class Call:
         param_dtype = params[0].dtype if params else self.x.dtype
         sizes = (self.x.element_size(),) * 2 + (param_dtype.itemsize,) * 2
         header = struct.pack(
-            "17qd",
+            "19qd",
             *(CODES[self.x.dtype], CODES[param_dtype], self.rms, self.cast, self.need_stats),
             *(self.weight is not None, self.bias is not None, any(p.numel() != n for p in params)),
-            *(self.groups, rows, n, n if self.x_row_stride is None else self.x_row_stride, self.shared_limit),
+            *(self.groups, rows, n, n if self.x_row_stride is None else self.x_row_stride),
+            *(self.compute_capability, self.shared_limit, self.largest_cluster),
             *(offset * size for offset, size in zip(self.offsets, sizes, strict=True)),
             self.eps,
         )
@@ -97,9 +100,14 @@ class Result:
     stats: Tensor
     threads_per_row: int
     rows_per_block: int
+    cluster: int  # blocks that share a row; 1: no cluster
     vector: bool  # 16-byte accesses
-    in_registers: bool
+    keep: str  # where rows are kept: "registers", "shared" or, a slice of a row in each block, "slice"
     shared_bytes: int
+
+
+#: By fused_norm::Keep.
+KEEPS = ("registers", "shared", "slice")
 
 
 def _bytes(t: Tensor) -> bytes:
@@ -192,12 +200,11 @@ class Emulator:
         output, results = _communicate(self.executable, b"".join(c.encode() for c in calls)), []
         for call in calls:
             rows, n = call.x.shape
-            chosen, output = struct.unpack("5q", output[:40]), output[40:]
+            (*chosen, vector, keep, shared_bytes), output = struct.unpack("6q", output[:48]), output[48:]
             acc = torch.float64 if call.x.dtype == torch.float64 else torch.float32
             y, output = _take(output, call.x.dtype, rows, n)
             stats, output = _take(output, acc, 0 if not call.need_stats else 1 if call.rms else 2, rows)
-            threads, rows_per_block, vector, in_registers, shared_bytes = chosen
-            results.append(Result(y, stats, threads, rows_per_block, bool(vector), bool(in_registers), shared_bytes))
+            results.append(Result(y, stats, *chosen, bool(vector), KEEPS[keep], shared_bytes))
         assert not output
         return results
 
@@ -298,5 +305,90 @@ class TicksEmulator:
                 first, output = _take(output, call.z.dtype, rows if call.need_dz or call.inplace else 0, classes)
                 second, output = _take(output, call.target.dtype, rows if call.need_dtarget else 0, classes)
             results.append(TicksResult(first, second, *chosen, bool(vector)))
+        assert not output
+        return results
+
+
+# -------------------------------------------------------------------------------------------------- the norms' backward
+
+
+@dataclass
+class BackwardCall:
+    """One call of norm_backward, by the backends' contract.
+
+    ``dy`` and ``x`` are (rows, n) and contiguous here; the kernel sees their rows ``dy_row_stride`` and
+    ``x_row_stride`` elements apart (None: n). ``offsets`` are how many elements dy, x, weight, dx, dw and db begin past
+    a 256-byte boundary.
+    """
+
+    dy: Tensor
+    x: Tensor
+    stats: Tensor
+    weight: Tensor | None = None
+    groups: int = 1
+    rms: bool = False
+    param_dtype: torch.dtype | None = None  # None: the weight's, or x's
+    needs: tuple[bool, bool, bool] = (True, True, True)
+    dy_row_stride: int | None = None
+    x_row_stride: int | None = None
+    offsets: tuple[int, int, int, int, int, int] = (0, 0, 0, 0, 0, 0)
+    shared_limit: int = SHARED_LIMIT
+    largest_cluster: int = 16  # 1: the device has no clusters
+
+    @property
+    def params(self) -> torch.dtype:
+        return self.param_dtype or (self.x if self.weight is None else self.weight).dtype
+
+    def encode(self) -> bytes:
+        rows, n = self.x.shape
+        size, param_size = self.x.element_size(), self.params.itemsize
+        header = struct.pack(
+            "21q",
+            *(CODES[self.x.dtype], CODES[self.params], self.rms, self.weight is not None),
+            *(self.weight is not None and self.weight.numel() != n, *self.needs, self.groups, rows, n),
+            *(n if stride is None else stride for stride in (self.dy_row_stride, self.x_row_stride)),
+            *(self.shared_limit, self.largest_cluster),
+            *(o * s for o, s in zip(self.offsets, (size, size, param_size, size, param_size, param_size), strict=True)),
+        )
+        operands = (self.dy, self.x, self.stats, self.weight)
+        return b"".join([header, *(_bytes(t) for t in operands if t is not None)])
+
+
+@dataclass
+class BackwardResult:
+    """Gradients, empty where not asked for, and what served the call."""
+
+    dx: Tensor
+    dw: Tensor
+    db: Tensor
+    threads_per_row: int
+    rows_per_block: int
+    cluster: int  # blocks that share a row
+    blocks: int
+    shared_bytes: int
+    launches: int
+
+
+class BackwardEmulator:
+    """An executable built from the backward kernels in the folder ``kernels`` for x of these dtypes."""
+
+    def __init__(self, dtypes: Sequence[torch.dtype], kernels: Path = KERNELS) -> None:
+        units = [([], HERE / "emulation.cpp", KERNELS), ([], HERE / "backward_driver.cpp", KERNELS)]
+        units += [
+            ([f"-DEMULATE_T={NAMES[d]}", f"-DEMULATE_DTYPE={CODES[d]}"], HERE / "backward_kernels.cpp", kernels)
+            for d in dtypes
+        ]
+        self.executable = _build(units)
+
+    def run(self, *calls: BackwardCall) -> list[BackwardResult]:
+        """The results of the calls, made one after the other in one process."""
+        output, results = _communicate(self.executable, b"".join(c.encode() for c in calls)), []
+        for call in calls:
+            rows, n = call.x.shape
+            chosen, output = struct.unpack("6q", output[:48]), output[48:]
+            dx, output = _take(output, call.x.dtype, rows if call.needs[0] else 0, n)
+            dw, output = _take(output, call.params, call.groups if call.needs[1] else 0, n)
+            db, output = _take(output, call.params, call.groups if call.needs[2] else 0, n)
+            results.append(BackwardResult(dx, dw, db, *chosen))
         assert not output
         return results
