@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from triton_kernels import (  # noqa: E402
     DEVICE,
     ELEMENT,
     INTERPRETED,
+    SHARED_MEMORY,
     TARGETS,
     Traffic,
     assert_64_bit_offsets,
@@ -38,6 +38,7 @@ from triton_kernels import (  # noqa: E402
     remember_places,  # noqa: F401
     remember_selected,  # noqa: F401
     runs_kernels,
+    streams,
     widest_access,
 )
 
@@ -628,7 +629,7 @@ def test_traffic(case: Case, looped: bool, request: pytest.FixtureRequest, monke
     assert traffic.of("store", dx) == unit
     grads = [g for g in (dw, db) if g is not None]
     config = launch.backward_launch(case.n, case.dtype.itemsize)
-    share = launch.backward_partition(case.rows, 1, config.rows)
+    share = launch.backward_partition(case.rows, 1, config.rows, case.n)
     tiles = share.parts if not looped else -(-case.rows // config.rows)
     partial = tiles * case.n * 4 * len(grads)
     assert traffic.total("store") == unit + partial + sum(g.nbytes for g in grads)
@@ -696,12 +697,40 @@ def test_launches_cover_every_width(element_size: int, warp_size: int) -> None:
             assert c.num_warps & (c.num_warps - 1) == 0 and 1 <= c.num_warps * warp_size <= 1024
 
 
+@pytest.mark.parametrize("tensors", [2, 3])
+@pytest.mark.parametrize("warp_size", [32, 64])
+@pytest.mark.parametrize("element_size", [8, 4, 2])
+def test_copies_ahead_fit_and_change_nothing_else(element_size: int, warp_size: int, tensors: int) -> None:
+    """Of every width up to the widest held one, on multiprocessors from 64 to 228 KiB of shared memory."""
+    deepest = 0
+    widths = {2**k + d for k in range(14) for d in range(-4, 5)} | {768, 1000, 1536, 3072, 5120, 6144}
+    for n, kib, dropout in itertools.product(sorted(w for w in widths if w > 0), (0, 64, 100, 164, 228), (False, True)):
+        c = launch.backward_launch(n, element_size, warp_size, dropout, tensors, kib << 10)
+        plain = launch.backward_launch(n, element_size, warp_size, dropout)
+        assert replace(c, stages=1) == replace(plain, stages=1)
+        if warp_size == 64 or c.stages == 1:
+            assert c.stages in (1, 2)
+            continue
+        assert n % 4 == 0 and element_size < 8 and not c.looped and c.stages in (3, 4)
+        tile = c.rows * c.block_n * element_size * tensors
+        programs = max(1, 512 // (c.num_warps * warp_size))
+        # Two programs of 256 threads share a multiprocessor, with a KiB of each the system's.
+        assert programs * ((c.stages - 1) * tile + 1024) <= kib << 10
+        deepest = max(deepest, c.stages)
+        if kib == 228:
+            assert programs * (c.stages - 2) * c.rows * n * element_size * tensors >= 16 << 10
+    assert deepest == (4 if warp_size == 32 and element_size < 8 else 0)
+
+
 @pytest.mark.parametrize("groups", [1, 3, 300])
 @pytest.mark.parametrize("rows", [1, 7, 256, 257, 4096, 4100, 1_000_003])
 @pytest.mark.parametrize("tile", [1, 4, 64])
 def test_partition_shares_out_every_row_once(rows: int, groups: int, tile: int) -> None:
+    for n, most in ((0, launch.MAX_PARTS), (4096, launch.MAX_PARTS), (4097, launch.MAX_PARTS // 2)):
+        share = launch.backward_partition(rows, groups, tile, n)
+        assert share.rows_per_part % tile == 0 and share.parts * groups <= max(most, groups)
+        assert (share.parts - 1) * share.rows_per_part < rows <= share.parts * share.rows_per_part
     share = launch.backward_partition(rows, groups, tile)
-    assert share.rows_per_part % tile == 0 and share.parts * groups <= max(launch.MAX_PARTS, groups)
     assert (share.parts - 1) * share.rows_per_part < rows <= share.parts * share.rows_per_part
     assert launch.double_backward_partition(rows, groups, tile, True) == share
     share = launch.double_backward_partition(rows, groups, tile, False)
@@ -903,9 +932,11 @@ def compiled(build: Build, target: str):
         if build.rms:
             constants["ddb_ptr"] = None
     else:
-        config = getattr(launch, f"{build.pass_}_launch")(build.n, build.size, gpu.warp_size)
+        room = (False, 2, SHARED_MEMORY.get(target, 0)) if build.pass_ == "backward" else ()
+        config = getattr(launch, f"{build.pass_}_launch")(build.n, build.size, gpu.warp_size, *room)
         kernel = getattr(norm, f"norm_{build.pass_}{'_looped' if config.looped else ''}_kernel")
         constants |= {"IS_RMS": build.rms, "CAST": False, "ROWS": config.rows, "BLOCK_N": config.block_n}
+        constants["STAGES"] = config.stages
         constants |= dict.fromkeys(("ALIGN_X", "ALIGN_DY"), align) | dict.fromkeys(ADD)
         constants |= dict.fromkeys(("ALIGN_RESIDUAL", "ALIGN_DSUMMED", "ALIGN_DINPUT"), 16)
         if build.rms:
@@ -962,9 +993,7 @@ def test_compiles_without_spills(build: Build, target: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("pass_", ["forward", "backward", "double_backward"])
 def test_aligned_rows_move_16_bytes_at_a_time(pass_: str, n: int, size: int) -> None:
     ptx = compiled(Build(pass_, n, size), "sm_90").asm["ptx"]
-    # Streams are those with an eviction hint; every such load of x and dy takes 16 bytes.
-    streams = re.findall(r"ld\.global\.L1::evict_first\S*", ptx)
-    assert streams and all(s.endswith(".v4.b32") for s in streams), set(streams)
+    assert set(streams(ptx)) == {16}
     assert widest_access(ptx, "st", 32) == 16
 
 
@@ -975,8 +1004,7 @@ def test_aligned_rows_move_16_bytes_at_a_time(pass_: str, n: int, size: int) -> 
     ids=str,
 )
 def test_unaligned_rows_take_no_wide_load(build: Build) -> None:
-    streams = re.findall(r"ld\.global\.L1::evict_first\S*", compiled(build, "sm_90").asm["ptx"])
-    assert streams and not any(".v" in s for s in streams), set(streams)
+    assert set(streams(compiled(build, "sm_90").asm["ptx"])) == {build.size}
 
 
 @needs_compiler
@@ -994,6 +1022,17 @@ def test_order_of_sums_does_not_depend_on_alignment(pass_: str, n: int, size: in
         Build(pass_, n, size, stride=n + 15),
     ):
         assert reductions(compiled(other, "sm_90")) == expected, other
+
+
+@needs_compiler
+@pytest.mark.parametrize("n, size", [(64, 4), (256, 4), (512, 2), (1000, 2), (4096, 2), (8192, 4)])
+def test_order_of_sums_does_not_depend_on_the_copies_ahead(n: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_copies = compiled(Build("backward", n, size), "sm_90")
+    assert "cp.async" in with_copies.asm["ptx"]
+    monkeypatch.setattr(sys.modules[__name__], "SHARED_MEMORY", {})
+    without = compiled.__wrapped__(Build("backward", n, size), "sm_90")
+    assert "cp.async" not in without.asm["ptx"]
+    assert reductions(with_copies) == reductions(without) != []
 
 
 @needs_compiler

@@ -24,6 +24,7 @@ from triton_kernels import (  # noqa: E402
     DEVICE,
     ELEMENT,
     INTERPRETED,
+    SHARED_MEMORY,
     TARGETS,
     Traffic,
     assert_64_bit_offsets,
@@ -36,6 +37,7 @@ from triton_kernels import (  # noqa: E402
     remember_places,  # noqa: F401
     remember_selected,  # noqa: F401
     runs_kernels,
+    streams,
     widest_access,
 )
 
@@ -655,13 +657,13 @@ def test_traffic(case: Case, looped: bool, request: pytest.FixtureRequest, monke
             written = [results[name] for name in ("dx", "dresidual") if results[name] is not None]
             assert len(written) == 1 + bool(p) and all(traffic.of("store", t) == unit for t in written)
             config = launch.backward_launch(case.n, size, 32, bool(p))
-            share = launch.backward_partition(case.rows, 1, config.rows)
+            share = launch.backward_partition(case.rows, 1, config.rows, case.n)
             tiles = -(-case.rows // config.rows)
             grads = [results[name] for name in ("dw", "db") if results[name] is not None]
             writes = tiles if looped else share.parts
             reads = tiles if looped else share.parts  # all but the first of each part's, and once to add up
             partial = (writes + reads) * case.n * 4 * len(grads)
-            weights = i.weight.nbytes * (2 * tiles if looped else share.parts)
+            weights = i.weight.nbytes * (2 * tiles if looped else share.parts * config.rows)
             units = 2 * twice + dsummed + 1 + bool(p)
             ideal = units * unit + weights + partial + stats.nbytes + sum(g.nbytes for g in grads)
             assert traffic.total("load") + traffic.total("store") <= 1.02 * ideal
@@ -680,7 +682,10 @@ def test_traffic(case: Case, looped: bool, request: pytest.FixtureRequest, monke
 def test_the_mask_changes_no_order_of_dw_and_db() -> None:
     for n, size, warp_size in itertools.product((1, 3, 64, 1000, 4096, 8192, 65536), (8, 4, 2), (32, 64)):
         plain, masked = (launch.backward_launch(n, size, warp_size, mask) for mask in (False, True))
-        assert replace(masked, num_warps=plain.num_warps) == plain
+        for shared, tensors in itertools.product((0, 100 << 10, 228 << 10), (2, 3)):
+            other = launch.backward_launch(n, size, warp_size, True, tensors, shared)
+            assert replace(other, stages=masked.stages) == masked
+        assert replace(masked, num_warps=plain.num_warps, stages=plain.stages) == plain
         assert 1 <= masked.num_warps * warp_size <= 1024
 
 
@@ -706,6 +711,12 @@ class Build:
         options = {"rms": self.rms, "p": self.p, "pre": self.pre, "cast": self.cast, "odd": not self.aligned}
         return "-".join([self.pass_, str(self.n), types, *(name for name, on in options.items() if on)])
 
+    def room(self, target: str) -> tuple:
+        """What decides the launch beside the width."""
+        if self.pass_ == "forward":
+            return ()
+        return bool(self.p and self.add), 3 if self.pre and self.add else 2, SHARED_MEMORY.get(target, 0)
+
     def dtype(self, size: int) -> str:
         return self.half if size == 2 else ELEMENT[size]
 
@@ -720,8 +731,7 @@ def compiled(build: Build, target: str):
 
     gpu = GPUTarget(*TARGETS[target])
     is_forward = build.pass_ == "forward"
-    mask = () if is_forward else (build.p and build.add,)
-    config = getattr(launch, f"{build.pass_}_launch")(build.n, build.size, gpu.warp_size, *mask)
+    config = getattr(launch, f"{build.pass_}_launch")(build.n, build.size, gpu.warp_size, *build.room(target))
     kernel = getattr(norm, f"norm_{build.pass_}{'_looped' if config.looped else ''}_kernel")
     rows, acc = build.dtype(build.size), "fp64" if build.size == 8 else "fp32"
     branch = build.dtype(build.x_size or build.size)
@@ -729,7 +739,8 @@ def compiled(build: Build, target: str):
     beside = 16 if branch == rows else 16 // build.size  # norm._alignment_beside
     align, align_n = launch.alignment(build.n, build.stride or build.n), launch.alignment(build.n)
     constants = {"FP64": build.size == 8, "IS_RMS": build.rms, "CAST": build.cast, "ALIGN_N": align_n}
-    constants |= {"ROWS": config.rows, "BLOCK_N": config.block_n, "ALIGN_DINPUT": min(align_n, beside)}
+    constants |= {"ROWS": config.rows, "BLOCK_N": config.block_n, "STAGES": config.stages}
+    constants |= {"ALIGN_DINPUT": min(align_n, beside)}
     constants |= dict.fromkeys(("ALIGN_X", "ALIGN_DY", "ALIGN_RESIDUAL", "ALIGN_DSUMMED"), align)
     pointers = dict.fromkeys(("residual_ptr", "summed_ptr", "y_ptr", "dy_ptr", "dsummed_ptr", "dx_ptr"), rows)
     pointers |= dict.fromkeys(("weight_ptr", "bias_ptr"), rows) | dict.fromkeys(("stats_ptr", "dw_ptr", "db_ptr"), acc)
@@ -820,8 +831,7 @@ def test_order_of_sums_is_the_norm_s(pass_: str, n: int, size: int, x_size: int 
 @pytest.mark.parametrize("pass_", ["forward", "backward"])
 def test_aligned_rows_move_16_bytes_at_a_time(pass_: str, n: int, size: int) -> None:
     ptx = compiled(Build(pass_, n, size), "sm_90").asm["ptx"]
-    streams = re.findall(r"ld\.global\.L1::evict_first\S*", ptx)
-    assert streams and all(s.endswith(".v4.b32") for s in streams), set(streams)
+    assert set(streams(ptx)) == {16}
     assert widest_access(ptx, "st", 32) == 16
 
 

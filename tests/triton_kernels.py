@@ -191,6 +191,8 @@ TARGETS = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
+#: Bytes of shared memory of a multiprocessor, as torch tells them (0: launch.py takes none of it for granted).
+SHARED_MEMORY = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}
 ELEMENT = {8: "fp64", 4: "fp32", 2: "bf16"}
 needs_compiler = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 leaves nothing to compile")
 
@@ -219,6 +221,14 @@ def widest_access(ptx: str, kind: str, bits: int) -> int:
     """Bytes of the widest ``ld.global`` or ``st.global`` of elements or words of ``bits``."""
     widths = re.findall(rf"{kind}\.global\S*?(?:\.v(\d))?\.b{bits}\b", ptx)
     return max((int(w or 1) * bits // 8 for w in widths), default=0)
+
+
+def streams(ptx: str) -> list[int]:
+    """The bytes of each access to a stream: loads and copies to shared memory with an eviction hint."""
+    loads = re.findall(r"ld\.global\.L1::evict_first\S*?(?:\.v(\d))?\.[bfu](\d+)\b", ptx)
+    widths = [int(vector or 1) * int(bits) // 8 for vector, bits in loads]
+    copies = re.findall(r"cp\.async\.c[ag]\S*cache_hint \[[^]]*\], \[[^]]*\], (\w+)", ptx)
+    return widths + [int(width, 0) for width in copies]
 
 
 def reductions(kernel) -> list[str]:

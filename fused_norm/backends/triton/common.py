@@ -196,3 +196,11 @@ def group_stride(parameter: Tensor | None, n: int) -> int:
 def warp_size(device: torch.device) -> int:
     """Lanes of a warp: 64 on AMD's data-centre GPUs. Triton takes 32 on XPU, and the interpreter has none."""
     return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory of a multiprocessor that copies can fill while its threads work; 0 where none can."""
+    if device.type != "cuda" or torch.version.hip:
+        return 0
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor

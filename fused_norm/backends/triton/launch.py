@@ -2,7 +2,8 @@
 
 What decides the order of a reduction over a row (``rows``, ``block_n``, ``num_warps``, ``looped``) depends on n, the
 element size and the width of a warp alone, so a row's bits do not depend on the rows beside it. ``parts``, the number
-of partial sums of dw and db, depends on M and groups too. Neither looks at the device's number of multiprocessors.
+of partial sums of dw and db, depends on M and groups too. Neither looks at the device: ``stages`` alone does, at its
+shared memory.
 
 No GPU was at hand when these numbers were chosen: they come from counting bytes and registers, and wait to be measured.
 """
@@ -10,7 +11,7 @@ No GPU was at hand when these numbers were chosen: they come from counting bytes
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 #: A row wider than this (by element size) is looped over: the widest that the compiler keeps in registers without
 #: spilling on sm_80, sm_90 and sm_100 (tests/test_triton.py). Forward holds an fp32 value an element, 32 a thread.
@@ -28,12 +29,17 @@ DOUBLE_BACKWARD_WHOLE_ROW = {8: 2048, 4: 4096, 2: 8192}
 
 @dataclass(frozen=True)
 class NormLaunch:
-    """One launch of a norm kernel: tiles of ``rows`` rows by ``block_n`` columns, ``num_warps`` warps a program."""
+    """One launch of a norm kernel: tiles of ``rows`` rows by ``block_n`` columns, ``num_warps`` warps a program.
+
+    A program has ``stages`` tiles in hand at once: one in registers, and while that is worked on all others but one on
+    their way to shared memory. No order of a sum depends on it.
+    """
 
     rows: int
     block_n: int
     num_warps: int
     looped: bool
+    stages: int = 1
 
 
 @dataclass(frozen=True)
@@ -73,27 +79,58 @@ def forward_launch(n: int, element_size: int, warp_size: int = 32) -> NormLaunch
 
 
 @functools.cache
-def backward_launch(n: int, element_size: int, warp_size: int = 32, dropout: bool = False) -> NormLaunch:
+def backward_launch(
+    n: int,
+    element_size: int,
+    warp_size: int = 32,
+    dropout: bool = False,
+    tensors: int = 2,
+    shared_memory: int = 0,
+) -> NormLaunch:
     """Backward for rows of ``n`` elements of ``element_size`` bytes, with or without a dropout mask.
 
-    The mask changes no ``rows`` and no ``looped``, and so no bit of dw and db.
+    It reads ``tensors`` of x's size, by way of a multiprocessor's ``shared_memory`` bytes (0: not so). The mask and
+    these change no ``rows`` and no ``looped``, and so no bit of dw and db.
     """
     if n > BACKWARD_WHOLE_ROW[element_size]:
         # A warp a row, so that a thread has the addresses of one row to hold. The partial sums of dw and db are written
         # and read about once a tile, 16/rows bytes an element: with 16 rows little beside the 20 (fp32) or 10 (bf16) of
         # the tensors themselves. More rows would leave too few tiles: M/16 programs.
         return NormLaunch(rows=16, block_n=128 if element_size == 8 else 256, num_warps=512 // warp_size, looped=True)
-    # 16 values a thread (8 in fp64) of each of x, dy, dw, db and w: 80 registers and what addresses take, within the
-    # 128 that let 512 threads share a multiprocessor. So two programs of 256, or one of 512 for the widest rows; tiles
-    # of a narrow row have as many elements, for as many bytes in flight.
-    per_thread = 8 if element_size == 8 else 16
+    # A thread holds five values an element: of x, dy, dw, db and w. 8 elements (4 in fp64) take 64 to 117 registers,
+    # addresses of copies to shared memory included: within the 128 that let 512 threads share a multiprocessor. So two
+    # programs of 256, whose reductions need not coincide. 16 elements of one row fit as well, of several rows do not.
     block_n = _next_power_of_2(n)
+    per_thread = (4 if element_size == 8 else 8) * (2 if block_n > 2048 else 1)
     rows = max(1, min(64, 256 * per_thread // block_n))
-    if dropout and rows * block_n <= 256 * per_thread:
+    if dropout and 2048 < block_n <= 256 * per_thread:
         # The words of the mask and their counters take what is left of the 128, and spill (sm_100) or leave room for
         # one such program (sm_80 and sm_90, up to 170 registers). So one of 512 threads: at 8 values each some 100.
         per_thread //= 2
-    return NormLaunch(rows, block_n, _warps(rows * block_n, per_thread, warp_size), looped=False)
+    config = NormLaunch(rows, block_n, _warps(rows * block_n, per_thread, warp_size), looped=False)
+    crowded = per_thread == 16 and (tensors > 2 or dropout)  # copies need addresses: 2 to 16 registers would spill
+    if element_size == 8 or crowded:
+        return config
+    return replace(config, stages=_stages(config, n, tensors * element_size, warp_size, shared_memory))
+
+
+#: Bytes to keep on their way to a multiprocessor while its programs reduce. By Little's law an H100 needs 18 KiB: a
+#: 132nd of 3.35 TB/s, two thirds of it reads, for 1000 ns, which is its latency under load (700 ns idle).
+IN_FLIGHT = 32 << 10
+
+
+def _stages(config: NormLaunch, n: int, element_bytes: int, warp_size: int, shared_memory: int) -> int:
+    """How many stages keep :data:`IN_FLIGHT` bytes on their way, where they fit; ``element_bytes`` are of all tensors
+    read."""
+    if n % 4:
+        return 1  # copies of less than 16 (in bf16 8) bytes are more instructions than loads are
+    if warp_size == 64:
+        return 2  # AMD: the next tile's loads go to registers (to 160), and come before the work on this one
+    programs = max(1, 512 // (config.num_warps * warp_size))  # of a multiprocessor, by their registers
+    most = (shared_memory // programs - 2048) // (config.rows * config.block_n * element_bytes) + 1
+    if most < 3:
+        return 1  # with 2 there would be nothing on its way during the work
+    return min(most, 3 if programs * config.rows * n * element_bytes >= IN_FLIGHT else 4)
 
 
 @functools.cache
@@ -118,10 +155,12 @@ MAX_PARTS = 256
 
 
 @functools.cache
-def backward_partition(rows: int, groups: int, tile_rows: int) -> Partition:
-    """Share ``rows`` rows a group, in tiles of ``tile_rows``, among programs."""
+def backward_partition(rows: int, groups: int, tile_rows: int, n: int = 0) -> Partition:
+    """Share ``rows`` rows a group, in tiles of ``tile_rows``, among programs: half as many where ``n`` is so large that
+    one of backward's fills a multiprocessor."""
     tiles = _ceil_div(rows, tile_rows)
-    parts = max(1, min(MAX_PARTS // groups, tiles))
+    most = MAX_PARTS // 2 if n > 4096 else MAX_PARTS
+    parts = max(1, min(most // groups, tiles))
     rows_per_part = _ceil_div(tiles, parts) * tile_rows
     return Partition(_ceil_div(rows, rows_per_part), rows_per_part)
 

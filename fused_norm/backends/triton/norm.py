@@ -39,6 +39,7 @@ from .common import (
     number,
     ratio,
     row_stride,
+    shared_memory,
     sum_rows,
     warp_size,
 )
@@ -467,11 +468,13 @@ def norm_backward_kernel(
     ALIGN_X: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """xhat = (x - mean)*rstd; g = dy*w; dx = rstd*(g - mean_n(g) - xhat*mean_n(g*xhat)); dw += dy*xhat; db += dy.
 
     Where asked for, dx += dsummed and dinput = dx*keep/(1 - p). A program walks its block of rows in order, whole rows
-    in registers, and keeps its sums for dw and db there too.
+    in registers, and keeps its sums for dw and db there too. While it works on a tile the next STAGES - 2 are on their
+    way to shared memory, and STAGES - 1 while it waits for one.
     """
     ACC: tl.constexpr = tl.float64 if FP64 else tl.float32
     NEED_D: tl.constexpr = dx_ptr is not None or dinput_ptr is not None
@@ -490,12 +493,14 @@ def norm_backward_kernel(
 
     if NEED_D and weight_ptr is not None:
         weight_ptr += group * (weight_stride // ALIGN_N * ALIGN_N)
-        w = tl.load(weight_ptr + cols, mask=col_ok, other=0.0).to(ACC)
+        # As a whole tile, for the layout of one: another might spread to the sums, and not with all STAGES alike.
+        every = tl.zeros([ROWS, 1], tl.int32) + cols
+        w = tl.load(weight_ptr + every, mask=every < n, other=0.0).to(ACC)
     if dw_ptr is not None:
         dw = tl.zeros([ROWS, BLOCK_N], ACC)
     if db_ptr is not None:
         db = tl.zeros([ROWS, BLOCK_N], ACC)
-    for first in range(begin, end, ROWS):
+    for first in tl.range(begin, end, ROWS, num_stages=STAGES):
         r = first + tl.arange(0, ROWS)
         row = group * rows + r
         row_ok = r < end
@@ -759,7 +764,7 @@ def _backward(
             return None, None, None, None
     rows = x.numel() // n // groups
     config = launch.backward_launch(n, x.element_size(), warp_size(x.device), seed is not None)
-    parts = launch.backward_partition(rows, groups, config.rows).parts
+    parts = launch.backward_partition(rows, groups, config.rows, n).parts
     # A single partial row that is written once is the result.
     direct = parts == 1 and not (config.looped and rows > config.rows)
 
@@ -777,7 +782,8 @@ def _backward(
     db, db_partial = parameter_gradient(need_db)
     dsummed_stride = 0 if dsummed is None else row_stride(dsummed, n)
     strides = (row_stride(dy, n), dsummed_stride, row_stride(x, n), group_stride(weight, n))
-    call = (n, rows, groups, strides, x.dtype, dinput_dtype, rms, dropout_p, seed is not None, x.device)
+    tensors = 2 if dsummed is None else 3
+    call = (n, rows, groups, strides, tensors, x.dtype, dinput_dtype, rms, dropout_p, seed is not None, x.device)
     _backward_launch(*call)(dy, dsummed, x, stats, weight, seed, dx, dinput, dw_partial, db_partial)
     if (need_dw or need_db) and not direct:
         add_up_partials(dw_partial, db_partial, dw, db, groups, parts, n)
@@ -790,6 +796,7 @@ def _backward_launch(
     rows: int,
     groups: int,
     strides: tuple[int, ...],
+    tensors: int,
     dtype: torch.dtype,
     dinput_dtype: torch.dtype | None,
     rms: bool,
@@ -797,11 +804,12 @@ def _backward_launch(
     dropout: bool,
     device: torch.device,
 ) -> Launch:
-    """``strides`` are those of dy, dsummed, x and weight."""
+    """``strides`` are those of dy, dsummed, x and weight; ``tensors`` of them are as large as x."""
     dy_stride, dsummed_stride, x_stride, _ = strides
     fp64 = dtype == torch.float64
-    config = launch.backward_launch(n, dtype.itemsize, warp_size(device), dropout)
-    share = launch.backward_partition(rows, groups, config.rows)
+    room = (warp_size(device), dropout, tensors, shared_memory(device))
+    config = launch.backward_launch(n, dtype.itemsize, *room)
+    share = launch.backward_partition(rows, groups, config.rows, n)
     return Launch(
         norm_backward_looped_kernel if config.looped else norm_backward_kernel,
         (groups * share.parts,),
@@ -816,6 +824,7 @@ def _backward_launch(
             "ALIGN_X": launch.alignment(n, x_stride),
             "ROWS": config.rows,
             "BLOCK_N": config.block_n,
+            **({} if config.looped else {"STAGES": config.stages}),
         },
         device,
         config.num_warps,
