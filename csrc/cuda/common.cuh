@@ -142,16 +142,22 @@ __device__ __forceinline__ void store_chunk(T* __restrict__ row, int c, int64_t 
   }
 }
 
-// The K elements of weight or bias that stand beside chunk c of x: for fp32 parameters beside a 2-byte x those are two chunks.
+// Elements c*K to c*K + K of weight or bias, those that stand beside chunk c of x: where VECTOR, in whole chunks, two of fp32 parameters beside
+// a 2-byte x.
 template <bool VECTOR, int K, typename W>
 __device__ __forceinline__ void load_params(const W* __restrict__ row, int c, int64_t n, Acc<W> (&out)[K]) {
-  constexpr int kStep = kPerChunk<W>;
-  static_assert(K % kStep == 0, "a chunk of x has fewer elements than one of its parameters");
+  if constexpr (VECTOR) {
+    constexpr int kStep = kPerChunk<W>;
+    static_assert(K % kStep == 0, "a chunk of x has fewer elements than one of its parameters");
 #pragma unroll
-  for (int i = 0; i < K / kStep; ++i) {
-    const Chunk chunk = load_chunk<VECTOR>(row, c * (K / kStep) + i, n);
+    for (int i = 0; i < K / kStep; ++i) {
+      const Chunk chunk = load_chunk<true>(row, c * (K / kStep) + i, n);
 #pragma unroll
-    for (int j = 0; j < kStep; ++j) out[i * kStep + j] = to_acc(chunk_get<W>(chunk, j));
+      for (int j = 0; j < kStep; ++j) out[i * kStep + j] = to_acc(chunk_get<W>(chunk, j));
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < K; ++j) out[j] = present<false, K>(c, j, n) ? to_acc(row[static_cast<int64_t>(c) * K + j]) : Acc<W>(0);
   }
 }
 

@@ -314,8 +314,8 @@ __global__ void __launch_bounds__(forward_threads(KEEP), forward_blocks(KEEP))
   T* const y_row = y + m * shape.n;
   row.each([&](const Chunk& chunk, int c) {
     Chunk out;
-    // As many elements at a time as a chunk of parameters has.
-    constexpr int P = kPerChunk<W>;
+    // As many elements at a time as a chunk of parameters has; one by one their predicates take registers too.
+    constexpr int P = VECTOR ? kPerChunk<W> : K < 4 ? K : 4;
 #pragma unroll
     for (int i = 0; i < K; i += P) {
       A w[P], b[P];
