@@ -722,6 +722,20 @@ def test_copies_ahead_fit_and_change_nothing_else(element_size: int, warp_size: 
     assert deepest == (4 if warp_size == 32 and element_size < 8 else 0)
 
 
+@pytest.mark.parametrize("tensors", [1, 2])
+@pytest.mark.parametrize("element_size", [8, 4, 2])
+def test_copies_ahead_in_forward(element_size: int, tensors: int) -> None:
+    for n, kib, dropout in itertools.product(
+        (64, 1000, 16384, 16388, 16390, 65536), (0, 64, 100, 164, 228), (False, True)
+    ):
+        c = launch.forward_launch(n, element_size, 32, dropout, tensors, kib << 10)
+        assert replace(c, stages=1) == launch.forward_launch(n, element_size)
+        possible = c.looped and n % 4 == 0 and element_size < 8 and not dropout
+        held = 2 * ((c.stages - 1) * c.block_n * element_size * tensors + 1024)  # of two programs of 512 threads
+        assert (c.stages == 1 or held <= kib << 10) and c.stages in ((1, 3, 4) if possible else (1,))
+        assert kib != 228 or not possible or element_size * tensors == 8 or c.stages == 3
+
+
 @pytest.mark.parametrize("groups", [1, 3, 300])
 @pytest.mark.parametrize("rows", [1, 7, 256, 257, 4096, 4100, 1_000_003])
 @pytest.mark.parametrize("tile", [1, 4, 64])
@@ -932,7 +946,7 @@ def compiled(build: Build, target: str):
         if build.rms:
             constants["ddb_ptr"] = None
     else:
-        room = (False, 2, SHARED_MEMORY.get(target, 0)) if build.pass_ == "backward" else ()
+        room = (False, 2 if build.pass_ == "backward" else 1, SHARED_MEMORY.get(target, 0))
         config = getattr(launch, f"{build.pass_}_launch")(build.n, build.size, gpu.warp_size, *room)
         kernel = getattr(norm, f"norm_{build.pass_}{'_looped' if config.looped else ''}_kernel")
         constants |= {"IS_RMS": build.rms, "CAST": False, "ROWS": config.rows, "BLOCK_N": config.block_n}
@@ -1025,12 +1039,18 @@ def test_order_of_sums_does_not_depend_on_alignment(pass_: str, n: int, size: in
 
 
 @needs_compiler
-@pytest.mark.parametrize("n, size", [(64, 4), (256, 4), (512, 2), (1000, 2), (4096, 2), (8192, 4)])
-def test_order_of_sums_does_not_depend_on_the_copies_ahead(n: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    with_copies = compiled(Build("backward", n, size), "sm_90")
+@pytest.mark.parametrize(
+    "pass_, n, size",
+    [("backward", n, size) for n, size in ((64, 4), (256, 4), (512, 2), (1000, 2), (4096, 2), (8192, 4))]
+    + [("forward", 65536, 2), ("forward", 65536, 4)],
+)
+def test_order_of_sums_does_not_depend_on_the_copies_ahead(
+    pass_: str, n: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_copies = compiled(Build(pass_, n, size), "sm_90")
     assert "cp.async" in with_copies.asm["ptx"]
     monkeypatch.setattr(sys.modules[__name__], "SHARED_MEMORY", {})
-    without = compiled.__wrapped__(Build("backward", n, size), "sm_90")
+    without = compiled.__wrapped__(Build(pass_, n, size), "sm_90")
     assert "cp.async" not in without.asm["ptx"]
     assert reductions(with_copies) == reductions(without) != []
 

@@ -713,9 +713,9 @@ class Build:
 
     def room(self, target: str) -> tuple:
         """What decides the launch beside the width."""
-        if self.pass_ == "forward":
-            return ()
-        return bool(self.p and self.add), 3 if self.pre and self.add else 2, SHARED_MEMORY.get(target, 0)
+        added = self.add if self.pass_ == "forward" else self.add and self.pre
+        tensors = (1 if self.pass_ == "forward" else 2) + added
+        return bool(self.p and self.add), tensors, SHARED_MEMORY.get(target, 0)
 
     def dtype(self, size: int) -> str:
         return self.half if size == 2 else ELEMENT[size]

@@ -64,15 +64,31 @@ def _warps(elements: int, per_thread: int, warp_size: int) -> int:
 
 
 @functools.cache
-def forward_launch(n: int, element_size: int, warp_size: int = 32) -> NormLaunch:
-    """Forward for rows of ``n`` elements of ``element_size`` bytes."""
+def forward_launch(
+    n: int,
+    element_size: int,
+    warp_size: int = 32,
+    dropout: bool = False,
+    tensors: int = 1,
+    shared_memory: int = 0,
+) -> NormLaunch:
+    """Forward for rows of ``n`` elements of ``element_size`` bytes, with or without a dropout mask.
+
+    It reads ``tensors`` of x's size, where rows are looped over by way of a multiprocessor's ``shared_memory`` bytes
+    (0: not so). Only ``stages`` depends on these.
+    """
+    if n > FORWARD_WHOLE_ROW[element_size]:
+        # 512 threads of 16 values, 32 to 64 registers: two programs share a multiprocessor, so that one loads while the
+        # other reduces.
+        config = NormLaunch(rows=1, block_n=8192, num_warps=512 // warp_size, looped=True)
+        if element_size == 8 or dropout:
+            return config
+        return replace(config, stages=_stages(config, n, tensors * element_size, warp_size, shared_memory, 1024))
     # 32 values a thread (16 in fp64): 128 bytes (fp32) or 64 (bf16) in flight a thread. At 70 to 90 registers some 700
     # threads share a multiprocessor, so 45 to 90 KiB are in flight there, above the 20 to 30 KiB that hide an H100's
-    # memory latency at 3 TB/s. A row of up to 1024 elements is one warp's: its sums need no barrier.
-    per_thread = 16 if element_size == 8 else 32
-    if n > FORWARD_WHOLE_ROW[element_size]:
-        # 512 threads: two programs a multiprocessor, one loads while the other reduces.
-        return NormLaunch(rows=1, block_n=512 * per_thread, num_warps=512 // warp_size, looped=True)
+    # memory latency at 3 TB/s. A row of up to 1024 elements is one warp's: its sums need no barrier. Where n is no
+    # multiple of 4 each value has a mask of its own, and 32 of them spill on AMD's GPUs.
+    per_thread = 16 if element_size == 8 or (n % 4 and n <= 8192) else 32
     block_n = _next_power_of_2(n)
     rows = max(1, min(64, warp_size * per_thread // block_n))
     return NormLaunch(rows, block_n, _warps(rows * block_n, per_thread, warp_size), looped=False)
@@ -119,18 +135,20 @@ def backward_launch(
 IN_FLIGHT = 32 << 10
 
 
-def _stages(config: NormLaunch, n: int, element_bytes: int, warp_size: int, shared_memory: int) -> int:
+def _stages(
+    config: NormLaunch, n: int, element_bytes: int, warp_size: int, shared_memory: int, resident: int = 512
+) -> int:
     """How many stages keep :data:`IN_FLIGHT` bytes on their way, where they fit; ``element_bytes`` are of all tensors
-    read."""
+    read, ``resident`` the threads that share a multiprocessor by their registers."""
     if n % 4:
         return 1  # copies of less than 16 (in bf16 8) bytes are more instructions than loads are
     if warp_size == 64:
         return 2  # AMD: the next tile's loads go to registers (to 160), and come before the work on this one
-    programs = max(1, 512 // (config.num_warps * warp_size))  # of a multiprocessor, by their registers
+    programs = max(1, resident // (config.num_warps * warp_size))
     most = (shared_memory // programs - 2048) // (config.rows * config.block_n * element_bytes) + 1
     if most < 3:
         return 1  # with 2 there would be nothing on its way during the work
-    return min(most, 3 if programs * config.rows * n * element_bytes >= IN_FLIGHT else 4)
+    return min(most, 3 if programs * config.rows * min(n, config.block_n) * element_bytes >= IN_FLIGHT else 4)
 
 
 @functools.cache

@@ -236,6 +236,7 @@ def norm_forward_looped_kernel(
     ALIGN_RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """The same for a row too wide for the registers, in chunks of BLOCK_N columns; ROWS is 1.
 
@@ -245,7 +246,9 @@ def norm_forward_looped_kernel(
 
     (Chan, Golub and LeVeque), with means taken relative to a pivot: the first chunk's mean, which is itself taken
     relative to x0. So x is read twice in all, once for the statistics and once for y, and not three times. Where there
-    is a residual, both are read once, and the sum that was written is read back for y.
+    is a residual, both are read once, and the sum that was written is read back for y. In the first pass the next
+    STAGES - 2 chunks are on their way to shared memory; the second reads weight and bias too, which copies would not
+    leave in the first cache, where the next row finds them.
     """
     ACC: tl.constexpr = tl.float64 if FP64 else tl.float32
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
@@ -268,7 +271,7 @@ def norm_forward_looped_kernel(
         )
     offset = tl.zeros([ROWS], ACC)  # mean - pivot of the columns so far
     squares = tl.zeros([ROWS], ACC)  # sum of (x - mean)^2 over them
-    for start in range(0, n, BLOCK_N):
+    for start in tl.range(0, n, BLOCK_N, num_stages=STAGES):
         ok = cols < n - start
         if residual_ptr is None:
             x = tl.load(x_row_ptr + (start + cols), mask=ok, other=0.0, eviction_policy="evict_last").to(ACC)
@@ -317,8 +320,9 @@ def norm_forward_looped_kernel(
     else:
         again_ptr = summed_ptr + row[:, None] * n
         tl.debug_barrier()  # other threads of this program may have written what is read back
-    for start in range(0, n, BLOCK_N):
-        at = start + cols
+    last = (n - 1) // BLOCK_N * BLOCK_N
+    for back in range(0, n, BLOCK_N):  # what was read last comes first: a cache may still hold it
+        at = last - back + cols
         ok = at < n
         x = tl.load(again_ptr + at, mask=ok, other=0.0, eviction_policy="evict_first").to(ACC)
         if not IS_RMS:
@@ -353,7 +357,8 @@ def _forward(
         groups = 1  # rows need not know their group
     residual_stride = 0 if residual is None else row_stride(residual, n)
     strides = (row_stride(x, n), residual_stride, weight_stride, bias_stride)
-    call = (n, total_rows, groups, strides, like.dtype, x.dtype, eps, rms, dropout_p, cast, x.device)
+    tensors = 1 if residual is None else 2
+    call = (n, total_rows, groups, strides, tensors, like.dtype, x.dtype, eps, rms, dropout_p, cast, x.device)
     _forward_launch(*call)(x, residual, weight, bias, seed, summed, y, stats if need_stats else None)
     return y, summed, stats
 
@@ -364,6 +369,7 @@ def _forward_launch(
     total_rows: int,
     groups: int,
     strides: tuple[int, ...],
+    tensors: int,
     dtype: torch.dtype,
     x_dtype: torch.dtype,
     eps: float,
@@ -372,11 +378,12 @@ def _forward_launch(
     cast: bool,
     device: torch.device,
 ) -> Launch:
-    """``dtype`` is y's; ``strides`` are those of x, residual, weight and bias."""
+    """``dtype`` is y's; ``strides`` are those of x, residual, weight and bias; ``tensors`` of these have x's size."""
     x_stride, residual_stride, _, _ = strides
     rows = total_rows // groups
     fp64 = dtype == torch.float64
-    config = launch.forward_launch(n, dtype.itemsize, warp_size(device))
+    room = (warp_size(device), dropout_p > 0, tensors, shared_memory(device))
+    config = launch.forward_launch(n, dtype.itemsize, *room)
     tiles = -(-rows // config.rows)
     return Launch(
         norm_forward_looped_kernel if config.looped else norm_forward_kernel,
@@ -391,6 +398,7 @@ def _forward_launch(
             "ALIGN_RESIDUAL": launch.alignment(n, residual_stride),
             "ROWS": config.rows,
             "BLOCK_N": config.block_n,
+            **({"STAGES": config.stages} if config.looped else {}),
         },
         device,
         config.num_warps,
@@ -804,7 +812,7 @@ def _backward_launch(
     dropout: bool,
     device: torch.device,
 ) -> Launch:
-    """``strides`` are those of dy, dsummed, x and weight; ``tensors`` of them are as large as x."""
+    """``strides`` are those of dy, dsummed, x and weight; ``tensors`` of these have x's size."""
     dy_stride, dsummed_stride, x_stride, _ = strides
     fp64 = dtype == torch.float64
     room = (warp_size(device), dropout, tensors, shared_memory(device))
