@@ -141,7 +141,7 @@ def cuda_rows(target: str) -> Iterator[dict]:
     """The same of every instantiation of the CUDA kernels, by ptxas and the machine code."""
     import test_cuda_compile as cuda
 
-    for name in ("norm_forward", "ticks_forward", "ticks_backward"):
+    for name in ("norm_forward", "norm_backward", "ticks_forward", "ticks_backward"):
         cubin, log = cuda.compile_for(target, name)
         code = dict(cuda.disassembled(cubin))
         for k in cuda.kernels(log):
@@ -151,7 +151,7 @@ def cuda_rows(target: str) -> Iterator[dict]:
                     "16": len(re.findall(rf"\b{op}\.E\S*\.128\b", sass)),
                     "all": len(re.findall(rf"\b{op}\.E\b", sass)),
                 }
-                for kind, op in (("loads", "LDG"), ("stores", "STG"))
+                for kind, op in (("loads", "LDG(?:STS)?"), ("stores", "STG"))
             }
             row = {"kernel": "cuda", "variant": f"{name} {k.symbol}", "target": target, "registers": k.registers}
             yield row | {"spills": k.spilled, "stack": k.stack, **widths}

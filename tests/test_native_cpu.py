@@ -496,23 +496,6 @@ def test_an_unknown_capability_is_refused():
         native.set_cpu_capability("mmx")
 
 
-@pytest.mark.parametrize("rms", [False, True], ids=["layer_norm", "rms_norm"])
-def test_cuda_backward_formulas(rms):
-    """What serves CUDA until it has a backward kernel, tried with CPU tensors: both of its ways."""
-    n = 33
-    x, dy, weight = torch.randn(7, n), torch.randn(7, n), torch.randn(n)
-    _, stats = forward(x, weight, None, n, rms=rms)
-    for w in (weight, None):
-        for needs in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
-            for groups in (1, 7):
-                args = (dy, x, stats, w, n, groups, rms, F32, *needs)
-                for got, expected in zip(
-                    native._norm_backward_cuda(*args), reference.norm_backward(*args), strict=True
-                ):
-                    if expected is not None:
-                        torch.testing.assert_close(got, expected)
-
-
 DOUBLE_WIDTHS = [1, 2, 3, 7, 8, 17, 31, 33, 63, 64, 100, 768, 1000, 4097, 20000]
 DOUBLE_RESULTS = ("grad_dy", "grad_x", "grad_w")
 BOOLEANS = (False, True)

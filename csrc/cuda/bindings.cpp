@@ -71,42 +71,68 @@ const void* data_of(const Tensor& t, const char* op, const char* name) {
 
 bool is_low_precision(fused_norm::DType dtype) { return dtype == fused_norm::DType::kBFloat16 || dtype == fused_norm::DType::kFloat16; }
 
+// t is on the device of `other`.
+void check_device(const Tensor& t, const char* op, const char* name, const Tensor& other, const char* other_name) {
+  STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == other.get_device_index(), op, ": ", name, " is on ",
+                  t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "another device", ", ", other_name, " is on cuda:",
+                  other.get_device_index());
+}
+
+ScalarType accumulation(const Tensor& x) { return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+
+// ---- Norms. `op` is the operator's name in messages. ----
+
+struct NormRows {
+  fused_norm::DType dtype;
+  int64_t count, n, groups, stride;
+};
+
+// Elements from one row of n to the next.
+int64_t norm_row_stride(const Tensor& t, const char* op, const char* name, int64_t n) {
+  if (t.is_contiguous()) return n;
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(1) == n && (n == 1 || t.stride(1) == 1), op, ": ", name, " has shape ", text(t.sizes()),
+                  " and strides ", text(t.strides()), ", expected a contiguous ", name, " or (rows, ", n, ") with unit stride in the row");
+  return t.stride(0);
+}
+
+NormRows check_rows(const char* op, const Tensor& x, int64_t n, int64_t groups) {
+  STD_TORCH_CHECK(x.is_cuda(), op, ": the CUDA kernel was given an x that is not a CUDA tensor");
+  const fused_norm::DType dtype = dtype_of(x, op, "x");
+  const int64_t numel = x.numel();
+  STD_TORCH_CHECK(n >= 1 && n <= kLongestRow, op, ": n is ", n, ", expected 1 to ", kLongestRow);
+  STD_TORCH_CHECK(numel >= 1 && numel % n == 0, op, ": x has ", numel, " elements, which are not rows of ", n);
+  const int64_t rows = numel / n;
+  STD_TORCH_CHECK(groups >= 1 && rows % groups == 0, op, ": x has ", rows, " rows, which do not divide into ", groups, " groups");
+  return {dtype, rows, n, groups, norm_row_stride(x, op, "x", n)};
+}
+
+// Of x's dtype or, beside bf16 and fp16, fp32.
+bool is_param_dtype(ScalarType dtype, const Tensor& x) {
+  return dtype == x.scalar_type() || (dtype == ScalarType::Float && (x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half));
+}
+
 // Whether `p`, weight or bias, holds one set of parameters per group rather than a shared one.
-bool check_param(const Tensor& p, const char* name, const Tensor& x, int64_t n, int64_t groups) {
-  STD_TORCH_CHECK(p.is_cuda() && p.get_device_index() == x.get_device_index(), "norm_forward: ", name, " is on ",
-                  p.is_cuda() ? "cuda:" + std::to_string(p.get_device_index()) : "another device", ", x is on cuda:", x.get_device_index());
-  const auto dtype = dtype_of(p, "norm_forward", name), x_dtype = dtype_of(x, "norm_forward", "x");
-  STD_TORCH_CHECK(dtype == x_dtype || (is_low_precision(x_dtype) && dtype == fused_norm::DType::kFloat32), "norm_forward: ", name, " has dtype ",
-                  torch::headeronly::toString(p.scalar_type()), ", x has ", torch::headeronly::toString(x.scalar_type()));
-  STD_TORCH_CHECK(p.is_contiguous(), "norm_forward: ", name, " is not contiguous, its strides are ", text(p.strides()), " for shape ", text(p.sizes()));
-  STD_TORCH_CHECK(p.numel() == n || p.numel() == groups * n, "norm_forward: ", name, " has ", p.numel(), " elements, expected n = ", n,
-                  " or groups*n = ", groups * n);
-  return p.numel() != n;
+bool check_param(const char* op, const Tensor& p, const char* name, const Tensor& x, const NormRows& rows) {
+  check_device(p, op, name, x, "x");
+  STD_TORCH_CHECK(is_param_dtype(p.scalar_type(), x), op, ": ", name, " has dtype ", torch::headeronly::toString(p.scalar_type()), ", x has ",
+                  torch::headeronly::toString(x.scalar_type()));
+  STD_TORCH_CHECK(p.is_contiguous(), op, ": ", name, " is not contiguous, its strides are ", text(p.strides()), " for shape ", text(p.sizes()));
+  STD_TORCH_CHECK(p.numel() == rows.n || p.numel() == rows.groups * rows.n, op, ": ", name, " has ", p.numel(), " elements, expected n = ", rows.n,
+                  " or groups*n = ", rows.groups * rows.n);
+  return p.numel() != rows.n;
 }
 
 std::tuple<Tensor, Tensor> norm_forward(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, int64_t n,
                                         int64_t groups, double eps, bool rms, bool need_stats, bool cast) {
-  STD_TORCH_CHECK(x.is_cuda(), "norm_forward: the CUDA kernel was given an x that is not a CUDA tensor");
-  const fused_norm::DType dtype = dtype_of(x, "norm_forward", "x");
-  const int64_t numel = x.numel();
-  STD_TORCH_CHECK(n >= 1 && n <= kLongestRow, "norm_forward: n is ", n, ", expected 1 to ", kLongestRow);
-  STD_TORCH_CHECK(numel >= 1 && numel % n == 0, "norm_forward: x has ", numel, " elements, which are not rows of ", n);
-  const int64_t rows = numel / n;
-  STD_TORCH_CHECK(groups >= 1 && rows % groups == 0, "norm_forward: x has ", rows, " rows, which do not divide into ", groups, " groups");
-  int64_t x_row_stride = n;
-  if (!x.is_contiguous()) {
-    STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == n && (n == 1 || x.stride(1) == 1), "norm_forward: x has shape ", text(x.sizes()),
-                    " and strides ", text(x.strides()), ", expected a contiguous x or (rows, ", n, ") with unit stride in the row");
-    x_row_stride = x.stride(0);
-  }
-  fused_norm::DType param_dtype = dtype;
+  const NormRows rows = check_rows("norm_forward", x, n, groups);
+  fused_norm::DType param_dtype = rows.dtype;
   bool weight_grouped = false, bias_grouped = false;
   if (weight) {
-    weight_grouped = check_param(*weight, "weight", x, n, groups);
+    weight_grouped = check_param("norm_forward", *weight, "weight", x, rows);
     param_dtype = dtype_of(*weight, "norm_forward", "weight");
   }
   if (bias) {
-    bias_grouped = check_param(*bias, "bias", x, n, groups);
+    bias_grouped = check_param("norm_forward", *bias, "bias", x, rows);
     param_dtype = dtype_of(*bias, "norm_forward", "bias");
   }
   if (weight && bias) {
@@ -117,8 +143,8 @@ std::tuple<Tensor, Tensor> norm_forward(const Tensor& x, const std::optional<Ten
 
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Tensor y = torch::stable::new_empty(x, x.sizes());
-  const std::vector<int64_t> stats_shape{!need_stats ? 0 : rms ? 1 : 2, rows};
-  Tensor stats = torch::stable::new_empty(x, stats_shape, dtype == fused_norm::DType::kFloat64 ? ScalarType::Double : ScalarType::Float);
+  const std::vector<int64_t> stats_shape{!need_stats ? 0 : rms ? 1 : 2, rows.count};
+  Tensor stats = torch::stable::new_empty(x, stats_shape, accumulation(x));
 
   fused_norm::NormForward args{};
   args.x = data_of(x, "norm_forward", "x");
@@ -126,12 +152,12 @@ std::tuple<Tensor, Tensor> norm_forward(const Tensor& x, const std::optional<Ten
   args.bias = bias ? data_of(*bias, "norm_forward", "bias") : nullptr;
   args.y = y.mutable_data_ptr();
   args.stats = need_stats ? stats.mutable_data_ptr() : nullptr;
-  args.rows = rows;
+  args.rows = rows.count;
   args.n = n;
-  args.x_row_stride = x_row_stride;
+  args.x_row_stride = rows.stride;
   args.groups = groups;
   args.params_grouped = weight_grouped || bias_grouped;
-  args.dtype = dtype;
+  args.dtype = rows.dtype;
   args.param_dtype = param_dtype;
   args.eps = eps;
   args.rms = rms;
@@ -141,12 +167,71 @@ std::tuple<Tensor, Tensor> norm_forward(const Tensor& x, const std::optional<Ten
   return {y, stats};
 }
 
+// dx, dw and db are (0,) where they are not needed; stats are not looked at where neither dx nor dw is.
+std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& dy, const Tensor& x, const Tensor& stats, const std::optional<Tensor>& weight,
+                                                 int64_t n, int64_t groups, bool rms, ScalarType param_dtype, bool need_dx, bool need_dw,
+                                                 bool need_db) {
+  const char* const op = "norm_backward";
+  const NormRows rows = check_rows(op, x, n, groups);
+  fused_norm::NormBackward args{};
+  check_device(dy, op, "dy", x, "x");
+  STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type(), op, ": dy has dtype ", torch::headeronly::toString(dy.scalar_type()), ", x has ",
+                  torch::headeronly::toString(x.scalar_type()));
+  STD_TORCH_CHECK(dy.numel() == x.numel(), op, ": dy has shape ", text(dy.sizes()), ", x has ", text(x.sizes()));
+  args.dy_row_stride = norm_row_stride(dy, op, "dy", n);
+  args.dy = data_of(dy, op, "dy");
+  args.x = data_of(x, op, "x");
+  STD_TORCH_CHECK(is_param_dtype(param_dtype, x), op, ": param_dtype is ", torch::headeronly::toString(param_dtype), ", x has ",
+                  torch::headeronly::toString(x.scalar_type()));
+  if (need_dx || need_dw) {
+    const int64_t kept = rms ? 1 : 2;
+    check_device(stats, op, "stats", x, "x");
+    STD_TORCH_CHECK(stats.scalar_type() == accumulation(x), op, ": stats has dtype ", torch::headeronly::toString(stats.scalar_type()),
+                    ", expected ", torch::headeronly::toString(accumulation(x)));
+    STD_TORCH_CHECK(stats.numel() == kept * rows.count && stats.is_contiguous(), op, ": stats has shape ", text(stats.sizes()), " and strides ",
+                    text(stats.strides()), ", expected (", kept, ", ", rows.count, "), contiguous");
+    args.stats = data_of(stats, op, "stats");
+  }
+  if (weight) {
+    args.weight_grouped = check_param(op, *weight, "weight", x, rows);
+    STD_TORCH_CHECK(weight->scalar_type() == param_dtype, op, ": weight has dtype ", torch::headeronly::toString(weight->scalar_type()),
+                    ", param_dtype is ", torch::headeronly::toString(param_dtype));
+    args.weight = data_of(*weight, op, "weight");
+  }
+
+  const int32_t device = x.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const std::vector<int64_t> none{0}, sums{groups, n};
+  Tensor dx = need_dx ? torch::stable::new_empty(x, x.sizes()) : torch::stable::new_empty(x, none);
+  Tensor dw = torch::stable::new_empty(x, need_dw ? sums : none, param_dtype), db = torch::stable::new_empty(x, need_db ? sums : none, param_dtype);
+  args.dx = need_dx ? dx.mutable_data_ptr() : nullptr;
+  args.dw = need_dw ? dw.mutable_data_ptr() : nullptr;
+  args.db = need_db ? db.mutable_data_ptr() : nullptr;
+  if (!need_dx && !need_dw && !need_db) return {dx, dw, db};
+  args.rows = rows.count;
+  args.n = n;
+  args.x_row_stride = rows.stride;
+  args.groups = groups;
+  args.dtype = rows.dtype;
+  args.param_dtype = param_dtype == x.scalar_type() ? rows.dtype : fused_norm::DType::kFloat32;
+  args.rms = rms;
+  // Freed when this returns, as every tensor: its memory goes to what this stream is given after the kernels.
+  std::optional<Tensor> scratch;
+  if (const size_t bytes = fused_norm::norm_backward_scratch_bytes(args, device)) {
+    const std::vector<int64_t> shape{static_cast<int64_t>(bytes)};
+    scratch = torch::stable::new_empty(x, shape, ScalarType::Byte);
+    args.scratch = scratch->mutable_data_ptr();
+  }
+  const char* const error = fused_norm::launch_norm_backward(args, device, current_stream(device, op));
+  STD_TORCH_CHECK(error == nullptr, op, ": ", error, " (x ", text(x.sizes()), ", n = ", n, ", cuda:", device, ")");
+  return {dx, dw, db};
+}
+
 // ---- The ticks loss. `op` is the operator's name in messages. ----
 
 // t is on z's device and of dtype `expected`, or of either of two.
 void check_tensor(const Tensor& t, const char* op, const char* name, const Tensor& z, ScalarType expected, std::optional<ScalarType> or_this = {}) {
-  STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == z.get_device_index(), op, ": ", name, " is on ",
-                  t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "another device", ", z is on cuda:", z.get_device_index());
+  check_device(t, op, name, z, "z");
   STD_TORCH_CHECK(t.scalar_type() == expected || (or_this && t.scalar_type() == *or_this), op, ": ", name, " has dtype ",
                   torch::headeronly::toString(t.scalar_type()), ", expected ", torch::headeronly::toString(expected),
                   or_this && *or_this != expected ? std::string(" or ") + torch::headeronly::toString(*or_this) : std::string());
@@ -159,8 +244,6 @@ int64_t row_stride(const Tensor& t, const char* op, const char* name, int64_t ro
   STD_TORCH_CHECK(classes == 1 || t.stride(1) == 1, op, ": ", name, " has strides ", text(t.strides()), ", expected unit stride in the row");
   return t.stride(0);
 }
-
-ScalarType accumulation(const Tensor& z) { return z.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
 // What forward and backward have in common.
 fused_norm::Ticks check_ticks(const char* op, const Tensor& z, const Tensor& target, const std::optional<Tensor>& weight, int64_t ignore_index,
@@ -277,6 +360,7 @@ Tensor ticks_backward_inplace(const Tensor& grad, const std::optional<Tensor>& g
 
 STABLE_TORCH_LIBRARY_IMPL(fused_norm, CUDA, m) {
   m.impl("norm_forward", TORCH_BOX(&norm_forward));
+  m.impl("norm_backward", TORCH_BOX(&norm_backward));
   m.impl("ticks_forward", TORCH_BOX(&ticks_forward));
   m.impl("ticks_backward", TORCH_BOX(&ticks_backward));
   m.impl("ticks_backward_inplace", TORCH_BOX(&ticks_backward_inplace));

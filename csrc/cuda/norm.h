@@ -2,6 +2,7 @@
 // to include it, so that bindings.cpp is compiled by the C++ compiler alone and the launchers by nvcc alone.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "layout.h"
@@ -29,5 +30,31 @@ struct NormForward {
 
 // Enqueues the kernel on `stream` (a cudaStream_t of device `device`) and returns without waiting for it: nullptr, or what went wrong.
 const char* launch_norm_forward(const NormForward& args, int device, void* stream);
+
+// dx, and dw and db summed over each group's rows, as fused_norm/backends/__init__.py says it. `rows`, `n` and `groups` as above.
+struct NormBackward {
+  const void* dy;      // row r begins at element r*dy_row_stride; its n elements are adjacent
+  const void* x;       // likewise
+  const void* stats;   // as forward left them
+  const void* weight;  // nullptr: none
+  void* dx;            // (rows, n), contiguous; nullptr: not wanted
+  void* dw;            // (groups, n); nullptr: not wanted
+  void* db;            // likewise
+  void* scratch;       // norm_backward_scratch_bytes of these args, 16-byte aligned
+  int64_t rows;
+  int64_t n;
+  int64_t dy_row_stride;
+  int64_t x_row_stride;
+  int64_t groups;
+  bool weight_grouped;  // weight is (groups, n) rather than (n)
+  DType dtype;          // of dy, x and dx
+  DType param_dtype;    // of weight, dw and db: dtype, or kFloat32 for kBFloat16 and kFloat16
+  bool rms;
+};
+
+// Pointers do not matter, but which of dw and db are there.
+size_t norm_backward_scratch_bytes(const NormBackward& args, int device);
+// At most two kernels, as launch_norm_forward.
+const char* launch_norm_backward(const NormBackward& args, int device, void* stream);
 
 }  // namespace fused_norm

@@ -76,37 +76,6 @@ def set_cpu_capability(name: str) -> None:
     _C.set_cpu_capability(name)
 
 
-def _norm_backward_cuda(
-    dy: Tensor,
-    x: Tensor,
-    stats: Tensor,
-    weight: Tensor | None,
-    n: int,
-    groups: int,
-    rms: bool,
-    param_dtype: torch.dtype,
-    need_dx: bool,
-    need_dw: bool,
-    need_db: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Backward without a kernel of our own: torch's where it computes the same thing, else the reference's formulas."""
-    same_dtypes = param_dtype == x.dtype and (weight is None or weight.dtype == x.dtype)
-    # torch's kernel takes the shape of dw and db from the parameters.
-    has_shapes = weight is not None or not (need_dw or need_db)
-    if rms or groups != 1 or not same_dtypes or not has_shapes:
-        return reference.norm_backward(dy, x, stats, weight, n, groups, rms, param_dtype, need_dx, need_dw, need_db)
-    rstd, mean = stats.unsqueeze(-1).unbind(0)
-    weight = None if weight is None else weight.view(n)
-    dx, dw, db = torch.ops.aten.native_layer_norm_backward(
-        dy.reshape(-1, n), x.reshape(-1, n), [n], mean, rstd, weight, weight, [need_dx, need_dw, need_db]
-    )
-    return (
-        dx.view(x.shape) if need_dx else None,
-        dw.view(1, n) if need_dw else None,
-        db.view(1, n) if need_db else None,
-    )
-
-
 def _add_norm_forward_composed(
     x: Tensor,
     residual: Tensor,
@@ -164,13 +133,8 @@ if not _cpu_missing:
     # arguments that require grad a grad_fn that says there is no derivative, and resolve a negative-bit view (as_rows
     # has done so).
     norm_forward = _C.norm_forward
+    norm_backward = _C.norm_backward
     plain_row_length = _C.plain_row_length
-
-    def norm_backward(dy, x, *args):
-        """The contract's function: the operator, which has a kernel on the CPU so far."""
-        if dy.is_cpu:
-            return _C.norm_backward(dy, x, *args)
-        return _norm_backward_cuda(dy, x, *args)
 
     def norm_double_backward(ddx, ddw, ddb, dy, x, *args):
         """The contract's function: the operator, which has a kernel on the CPU alone; elsewhere the formulas."""
