@@ -18,6 +18,7 @@ from fused_norm import dispatch
 from fused_norm.backends import by_size
 
 FUNCTIONS = ("norm_forward", "norm_backward")
+SIZES = (8, 4, 2)
 ROOT = Path(__file__).parents[1]
 
 
@@ -35,35 +36,46 @@ def test_the_table_says_what_it_rests_on() -> None:
 def test_the_rules_are_in_order_and_hold_for_all_rows(function: str) -> None:
     *bounded, last = by_size.TABLE["rules"][function]
     assert set(last) == {"backend", "because"}
-    bounds = [rule["row_bytes"] for rule in bounded]
-    assert bounds == sorted(set(bounds))
+    for size in SIZES:
+        bounds = [rule["columns"][str(size)] for rule in bounded]
+        assert bounds == sorted(bounds)
     for rule in (*bounded, last):
         assert rule["backend"] in ("native", "triton") and rule["because"]
-        assert set(rule) <= {"row_bytes", "capability", "backend", "because"}
+        assert set(rule) <= {"columns", "capability", "whole_chunks", "backend", "because"}
+        assert "columns" not in rule or set(rule["columns"]) == {str(size) for size in SIZES}
 
 
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_every_bound_is_the_last_of_its_rule(function: str) -> None:
+def test_every_bound_is_the_last_of_its_rule(function: str, size: int) -> None:
     rules = by_size.TABLE["rules"][function]
-    for rule, after in itertools.pairwise(rules):
-        capability = rule.get("capability", 0)
-        assert by_size.choose(function, rule["row_bytes"], capability) == rule["backend"]
-        assert by_size.choose(function, rule["row_bytes"] + 1, 120) == after["backend"]
+    for before, rule, after in zip([None, *rules], rules, rules[1:], strict=False):
+        bound, capability = rule["columns"][str(size)], rule.get("capability", 0)
+        if before is not None and before["columns"][str(size)] == bound:
+            continue  # there is nothing between them
+        assert by_size.choose(function, bound, size, capability) == rule["backend"]
+        if after.get("columns", {}).get(str(size)) != bound:
+            assert by_size.choose(function, bound + 16, size, 120) == after["backend"]
         if capability:
-            assert by_size.choose(function, rule["row_bytes"], capability - 1) != rule["backend"]
-    assert by_size.choose(function, 1 << 40, 75) == rules[-1]["backend"]
+            assert by_size.choose(function, bound, size, capability - 1) == rules[-1]["backend"]
+        if rule.get("whole_chunks"):
+            assert by_size.choose(function, bound - 1, size, capability) == rules[-1]["backend"]
+    assert by_size.choose(function, 1 << 40, size, 75) == rules[-1]["backend"]
 
 
-def test_a_row_that_triton_reads_once_is_not_one_that_it_loops_over() -> None:
-    """The bounds between one read and two are those of the Triton kernels' own launches."""
+def test_between_one_read_and_two_stand_the_bounds_of_the_kernels_themselves() -> None:
+    """On sm_90 aligned rows are read once, as wide as there are kernels for it."""
     pytest.importorskip("triton")
     from fused_norm.backends.triton import launch
 
     for function, chosen in (("norm_forward", launch.forward_launch), ("norm_backward", launch.backward_launch)):
-        for size in (2, 4):
-            for n in (4096, 8192, 16384, 16385, 32768, 32769, 65536, 262144):
-                if by_size.choose(function, n * size, 90) == "triton" and n <= 1 << 17:
-                    assert not chosen(n, size).looped, (function, n, size)
+        for size, n in itertools.product(SIZES, (4096, 4112, 8192, 8208, 16384, 16400, 32768, 32784, 65536, 131072)):
+            triton_loops = chosen(n, size).looped
+            assert by_size.choose(function, n, size, 90) == ("native" if triton_loops else "triton"), (
+                function,
+                n,
+                size,
+            )
 
 
 @pytest.fixture
@@ -101,7 +113,7 @@ def test_each_pass_goes_where_the_table_says(recorded, op: str, capability, n: i
     y = getattr(FF, op)(x, (n,), w)
     y.backward(torch.randn(2, n).to(dtype))
     major, minor = capability
-    wanted = [(f, by_size.choose(f, n * dtype.itemsize, 10 * major + minor)) for f in FUNCTIONS]
+    wanted = [(f, by_size.choose(f, n, dtype.itemsize, 10 * major + minor)) for f in FUNCTIONS]
     assert recorded.seen == wanted
     with torch.no_grad():
         torch.testing.assert_close(y, getattr(torch.nn.functional, op)(x, (n,), w), atol=2e-2, rtol=2e-2)
@@ -110,7 +122,7 @@ def test_each_pass_goes_where_the_table_says(recorded, op: str, capability, n: i
 def test_the_choice_does_not_know_the_number_of_rows(recorded) -> None:
     for m in (1, 3, 4096):
         FF.layer_norm(torch.randn(m, 96), (96,))
-    assert {name for _, name in recorded.seen} == {by_size.choose("norm_forward", 96 * 4, 90)}
+    assert {name for _, name in recorded.seen} == {by_size.choose("norm_forward", 96, 4, 90)}
 
 
 def test_dispatch_chooses_it_on_cuda_where_both_can_run(monkeypatch) -> None:
@@ -155,6 +167,6 @@ def test_on_a_gpu_each_pass_runs_on_the_kernels_that_the_table_names(n: int) -> 
     major, minor = torch.cuda.get_device_capability()
     names = " ".join(event.key for event in profile.key_averages())
     for function in FUNCTIONS:
-        native = by_size.choose(function, 4 * n, 10 * major + minor) == "native"
+        native = by_size.choose(function, n, 4, 10 * major + minor) == "native"
         # The names of native kernels stand in a namespace.
         assert (f"fused_norm::{function}" in names) == native, (function, names)

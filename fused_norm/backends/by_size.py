@@ -1,8 +1,9 @@
 """The norms on a CUDA device that has both kinds of kernels: native or Triton's, by the size of a row.
 
-What serves which rows is data, by_size.json, with the results that it rests on. Rules go by the function, the bytes of
-a row and the device's compute capability, the first that holds decides; never by the number of rows, so that a row's
-result does not depend on how many others there are (:mod:`fused_norm.backends`, Order).
+What serves which rows is data, by_size.json, with the results that it rests on. The first rule that holds decides. A
+rule names the most ``columns`` by the bytes of an element, the least compute ``capability`` (90 for sm_90), and with
+``whole_chunks`` holds for rows of whole 16 bytes alone. None goes by the number of rows: a row's result does not depend
+on how many others there are (:mod:`fused_norm.backends`, Order).
 """
 
 from __future__ import annotations
@@ -19,28 +20,30 @@ TABLE = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8
 _BACKENDS = {"native": native, "triton": triton}
 
 
-def choose(function: str, row_bytes: int, capability: int) -> str:
-    """The backend's name for a contract's function, on a device of ``capability`` (90 for sm_90)."""
+def choose(function: str, n: int, element_size: int, capability: int) -> str:
+    """The backend's name for a contract's function and rows of ``n`` elements, on a device of ``capability``."""
     for rule in TABLE["rules"][function]:
-        if row_bytes <= rule.get("row_bytes", row_bytes) and capability >= rule.get("capability", 0):
+        narrow = "columns" not in rule or n <= rule["columns"][str(element_size)]
+        whole = not rule.get("whole_chunks") or n * element_size % 16 == 0
+        if narrow and whole and capability >= rule.get("capability", 0):
             return rule["backend"]
     raise AssertionError(f"the last rule of {function} holds for all rows")
 
 
 @functools.cache
-def _serving(function: str, row_bytes: int, device: torch.device):
+def _serving(function: str, n: int, element_size: int, device: torch.device):
     major, minor = torch.cuda.get_device_capability(device)
-    return getattr(_BACKENDS[choose(function, row_bytes, 10 * major + minor)], function)
+    return getattr(_BACKENDS[choose(function, n, element_size, 10 * major + minor)], function)
 
 
 def norm_forward(x, weight, bias, n, *args):
     """The contract's function."""
-    return _serving("norm_forward", int(n) * x.element_size(), x.device)(x, weight, bias, n, *args)
+    return _serving("norm_forward", int(n), x.element_size(), x.device)(x, weight, bias, n, *args)
 
 
 def norm_backward(dy, x, stats, weight, n, *args):
     """The contract's function."""
-    return _serving("norm_backward", int(n) * x.element_size(), x.device)(dy, x, stats, weight, n, *args)
+    return _serving("norm_backward", int(n), x.element_size(), x.device)(dy, x, stats, weight, n, *args)
 
 
 # The native backend composes these of others.
