@@ -704,7 +704,9 @@ def test_copies_ahead_fit_and_change_nothing_else(element_size: int, warp_size: 
     """Of every width up to the widest held one, on multiprocessors from 64 to 228 KiB of shared memory."""
     deepest = 0
     widths = {2**k + d for k in range(14) for d in range(-4, 5)} | {768, 1000, 1536, 3072, 5120, 6144}
-    for n, kib, dropout in itertools.product(sorted(w for w in widths if w > 0), (0, 64, 100, 164, 228), (False, True)):
+    for n, kib, dropout in itertools.product(
+        sorted(w for w in widths if 0 < w <= 8192), (0, 64, 100, 164, 228), (False, True)
+    ):
         c = launch.backward_launch(n, element_size, warp_size, dropout, tensors, kib << 10)
         plain = launch.backward_launch(n, element_size, warp_size, dropout)
         assert replace(c, stages=1) == replace(plain, stages=1)
@@ -720,6 +722,20 @@ def test_copies_ahead_fit_and_change_nothing_else(element_size: int, warp_size: 
         if kib == 228:
             assert programs * (c.stages - 2) * c.rows * n * element_size * tensors >= 16 << 10
     assert deepest == (4 if warp_size == 32 and element_size < 8 else 0)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("tensors", [2, 3])
+def test_copies_ahead_of_looped_rows(tensors: int, dropout: bool) -> None:
+    for n, size, kib in itertools.product((8196, 16384, 16388, 16390, 65536), (8, 4, 2), (0, 64, 100, 164, 228)):
+        c = launch.backward_launch(n, size, 32, dropout, tensors, kib << 10)
+        assert c.looped and replace(c, stages=1) == launch.backward_launch(n, size)
+        possible = kib >= 164 and n % 4 == 0 and size < 8 and tensors == 2 and not dropout
+        assert c.stages == (3 if possible else 1) or (kib in (64, 100) and c.stages == 3)
+        assert c.stages == 1 or (c.stages - 1) * c.rows * c.block_n * size * tensors + 1024 <= kib << 10
+        # Where tiles of few rows are chosen, they and the partial sums of all programs are within 50 MB.
+        sums = 2 * 4 * n
+        assert c.rows == 16 or launch.MAX_PARTS // 2 * (2 * c.rows * n * size + sums) <= 50 << 20
 
 
 @pytest.mark.parametrize("tensors", [1, 2])
@@ -1042,7 +1058,8 @@ def test_order_of_sums_does_not_depend_on_alignment(pass_: str, n: int, size: in
 @pytest.mark.parametrize(
     "pass_, n, size",
     [("backward", n, size) for n, size in ((64, 4), (256, 4), (512, 2), (1000, 2), (4096, 2), (8192, 4))]
-    + [("forward", 65536, 2), ("forward", 65536, 4)],
+    + [(pass_, n, size) for pass_ in WIDEST for n, size in ((16388, 2), (65536, 2), (65536, 4))]
+    + [("backward", 16384, 2)],
 )
 def test_order_of_sums_does_not_depend_on_the_copies_ahead(
     pass_: str, n: int, size: int, monkeypatch: pytest.MonkeyPatch

@@ -109,10 +109,18 @@ def backward_launch(
     these change no ``rows`` and no ``looped``, and so no bit of dw and db.
     """
     if n > BACKWARD_WHOLE_ROW[element_size]:
-        # A warp a row, so that a thread has the addresses of one row to hold. The partial sums of dw and db are written
-        # and read about once a tile, 16/rows bytes an element: with 16 rows little beside the 20 (fp32) or 10 (bf16) of
-        # the tensors themselves. More rows would leave too few tiles: M/16 programs.
-        return NormLaunch(rows=16, block_n=128 if element_size == 8 else 256, num_warps=512 // warp_size, looped=True)
+        # The partial sums of dw and db are written and read about once a tile, 16/rows bytes an element, in the second
+        # cache. The tile is read there again if all programs' fit: of 4 rows up to 32 KiB long, 128 KiB each of x and
+        # dy, 128 programs' are 32 MiB, and 16 MiB of sums, of an H100's 50. Longer rows come from memory twice: 16 of
+        # them, a warp a row, so that a thread has the addresses of one to hold. More would leave too few tiles.
+        rows, block_n = (4, 1024) if n * element_size <= 32 << 10 else (16, 256)
+        config = NormLaunch(rows, 128 if element_size == 8 else block_n, num_warps=512 // warp_size, looped=True)
+        if element_size == 8 or n % 4 or tensors > 2 or dropout:
+            return config  # as below
+        if warp_size == 64:
+            return replace(config, stages=2)
+        held = 2 * block_n * (rows * tensors * element_size + 32) + 2048  # 32: w and the partial sums, of both passes
+        return replace(config, stages=3 if held <= shared_memory else 1)
     # A thread holds five values an element: of x, dy, dw, db and w. 8 elements (4 in fp64) take 64 to 117 registers,
     # addresses of copies to shared memory included: within the 128 that let 512 threads share a multiprocessor. So two
     # programs of 256, whose reductions need not coincide. 16 elements of one row fit as well, of several rows do not.

@@ -593,10 +593,12 @@ def norm_backward_looped_kernel(
     ALIGN_X: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """The same for rows too wide for the registers: each tile of ROWS rows is read twice, in chunks of BLOCK_N columns.
 
-    First for the two row sums of dx (left out where dx is not needed), then for dx and the sums over the rows.
+    First for the two row sums of dx (left out where dx is not needed), then for dx and the sums over the rows. The
+    chunk last read comes first then: a cache may still hold it. The next STAGES - 2 are on their way to shared memory.
     """
     ACC: tl.constexpr = tl.float64 if FP64 else tl.float32
     NEED_D: tl.constexpr = dx_ptr is not None or dinput_ptr is not None
@@ -629,7 +631,7 @@ def norm_backward_looped_kernel(
         if NEED_D:
             sum_g = tl.zeros([ROWS, BLOCK_N], ACC)  # a lane for each column of a chunk, added up after the loop
             sum_g_xhat = tl.zeros([ROWS, BLOCK_N], ACC)
-            for start in range(0, n, BLOCK_N):
+            for start in tl.range(0, n, BLOCK_N, num_stages=STAGES):
                 cols = (start + tile_cols)[None, :]
                 ok = row_ok[:, None] & (cols < n)
                 g = tl.load(dy_row_ptr + cols, mask=ok, other=0.0, eviction_policy="evict_last").to(ACC)
@@ -643,7 +645,9 @@ def norm_backward_looped_kernel(
             if not IS_RMS:
                 mean_g = mean_of(tl.sum(sum_g, axis=1), n, one_nth)[:, None]
 
-        for start in range(0, n, BLOCK_N):
+        last = (n - 1) // BLOCK_N * BLOCK_N
+        for back in tl.range(0, n, BLOCK_N, num_stages=STAGES):
+            start = last - back
             cols = (start + tile_cols)[None, :]
             ok = row_ok[:, None] & (cols < n)
             dy = tl.load(dy_row_ptr + cols, mask=ok, other=0.0, eviction_policy="evict_first").to(ACC)
@@ -832,7 +836,7 @@ def _backward_launch(
             "ALIGN_X": launch.alignment(n, x_stride),
             "ROWS": config.rows,
             "BLOCK_N": config.block_n,
-            **({} if config.looped else {"STAGES": config.stages}),
+            "STAGES": config.stages,
         },
         device,
         config.num_warps,
