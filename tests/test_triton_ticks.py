@@ -22,6 +22,7 @@ from triton_kernels import (  # noqa: E402
     DEVICE,
     ELEMENT,
     INTERPRETED,
+    SHARED_MEMORY,
     TARGETS,
     Traffic,
     assert_64_bit_offsets,
@@ -33,6 +34,7 @@ from triton_kernels import (  # noqa: E402
     remember_places,  # noqa: F401
     remember_selected,  # noqa: F401
     runs_kernels,
+    streams,
     widest_access,
 )
 
@@ -730,7 +732,8 @@ def compiled(build: Build, target: str):
     z, acc = ELEMENT[build.size], "fp64" if build.size == 8 else "fp32"
     beside = "fp32" if build.mixed else z
     if build.pass_ == "forward":
-        kernel, config = ticks.ticks_forward_kernel, launch.ticks_forward_launch(build.v, build.size, gpu.warp_size)
+        room = (gpu.warp_size, plain, SHARED_MEMORY.get(target, 0))
+        kernel, config = ticks.ticks_forward_kernel, launch.ticks_forward_launch(build.v, build.size, *room)
     else:
         kernel = ticks.ticks_backward_kernel
         config = launch.ticks_backward_launch(build.v, build.size, plain, gpu.warp_size)
@@ -738,6 +741,7 @@ def compiled(build: Build, target: str):
     constants = {"PLAIN": plain, "SOFT": soft, "CAPPED": build.capped, "FP64": build.size == 8}
     constants |= {"ALIGN_V": launch.alignment(build.v), "ALIGN_Z": align, "ALIGN_TARGET": align}
     constants |= {"ALIGN_DZ": launch.alignment(build.v), "ROWS": config.rows, "BLOCK_V": config.block_v}
+    constants["STAGES"] = config.stages
     absent = {"weight_ptr": build.weight, "grad_lse_ptr": build.grad_lse, "dtarget_ptr": soft}
     constants |= {name: None for name, there in absent.items() if not there}
     pointers = dict.fromkeys(("loss_ptr", "stats_ptr", "grad_ptr", "grad_lse_ptr"), acc)
@@ -766,6 +770,29 @@ SM_90_BUILDS = [Build("forward", 32000, size, path) for size in (4, 2) for path 
 SM_90_BUILDS += [Build("backward", 32000, size, path) for size in (4, 2) for path in ("plain", "smooth")]
 SM_90_BUILDS += [Build(p, 40, 2, path) for p in ("forward", "backward") for path in ("plain", "soft")]
 SM_90_BUILDS += [Build("backward", 30522, 2, "soft", mixed=True)]
+
+
+def test_copies_ahead_in_forward() -> None:
+    deepest = 0
+    widths, memories = (40, 1000, 2047, 2048, 30522, 32000, 128257), (0, 64, 100, 164, 228)
+    for v, size, plain, kib in itertools.product(widths, (8, 4, 2), (False, True), memories):
+        c = launch.ticks_forward_launch(v, size, 32, plain, kib << 10)
+        assert replace(c, stages=1) == launch.ticks_forward_launch(v, size) and c.stages in (1, 3, 4)
+        assert c.stages == 1 or (plain and c.rows == 1 and v % 4 == 0 and size < 8)
+        assert c.stages == 1 or 6 * ((c.stages - 1) * c.block_v * size + 1024) <= kib << 10
+        deepest = max(deepest, c.stages)
+    assert deepest == 4
+
+
+@needs_compiler
+@pytest.mark.parametrize("size", [4, 2], ids=ELEMENT.get)
+def test_logits_beyond_the_row_s_end_are_no_zeros_when_copied_ahead(size: int) -> None:
+    """Copies fill with zeros what is masked: what stands there for the loop must be chosen after them."""
+    kernel = compiled(Build("forward", 32000, size), "sm_90")
+    loop = kernel.asm["ttgir"].partition("scf.for")[2]
+    block = launch.ticks_forward_launch(32000, size).block_v
+    chosen = rf"local_load .*\n(?:.*\n){{0,2}}.*arith\.select .*tensor<1x{block}xi1, #\w+>, tensor<1x{block}x"
+    assert "cp.async" in kernel.asm["ptx"] and re.search(chosen, loop)
 
 
 def test_wide_rows_are_compiled_alike() -> None:
@@ -798,17 +825,14 @@ def test_compiles_without_spills(build: Build, target: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("pass_", ["forward", "backward"])
 def test_aligned_rows_move_16_bytes_at_a_time(pass_: str, path: str, v: int, size: int) -> None:
     ptx = compiled(Build(pass_, v, size, path), "sm_90").asm["ptx"]
-    # Streams are those with an eviction hint: z and soft targets.
-    streams = re.findall(r"ld\.global\.L1::evict_first\S*", ptx)
-    assert streams and all(s.endswith(".v4.b32") for s in streams), set(streams)
+    assert set(streams(ptx)) == {16}  # z and soft targets
     assert pass_ == "forward" or widest_access(ptx, "st", 32) == 16
 
 
 @needs_compiler
 @pytest.mark.parametrize("build", [Build("forward", 1000, 4, aligned=False), Build("forward", 1000, 4, stride=1001)])
 def test_unaligned_rows_take_no_wide_load(build: Build) -> None:
-    streams = re.findall(r"ld\.global\.L1::evict_first\S*", compiled(build, "sm_90").asm["ptx"])
-    assert streams and not any(".v" in s for s in streams), set(streams)
+    assert set(streams(compiled(build, "sm_90").asm["ptx"])) == {build.size}
 
 
 @needs_compiler

@@ -208,11 +208,13 @@ def reduce_launch(n: int, parts: int, warp_size: int = 32) -> NormLaunch:
 
 @dataclass(frozen=True)
 class TicksLaunch:
-    """One launch of a ticks kernel: tiles of ``rows`` rows by ``block_v`` classes, ``num_warps`` warps a program."""
+    """One launch of a ticks kernel: tiles of ``rows`` rows by ``block_v`` classes, ``num_warps`` warps a program;
+    ``stages`` as of :class:`NormLaunch`."""
 
     rows: int
     block_v: int
     num_warps: int
+    stages: int = 1
 
 
 def _ticks_launch(v: int, per_thread: int, narrow_threads: int, warp_size: int) -> TicksLaunch:
@@ -223,14 +225,25 @@ def _ticks_launch(v: int, per_thread: int, narrow_threads: int, warp_size: int) 
 
 
 @functools.cache
-def ticks_forward_launch(v: int, element_size: int, warp_size: int = 32) -> TicksLaunch:
-    """Forward for rows of ``v`` logits of ``element_size`` bytes: a program walks its rows in blocks of ``block_v``."""
+def ticks_forward_launch(
+    v: int, element_size: int, warp_size: int = 32, plain: bool = False, shared_memory: int = 0
+) -> TicksLaunch:
+    """Forward for rows of ``v`` logits of ``element_size`` bytes: a program walks its rows in blocks of ``block_v``, if
+    plain by way of a multiprocessor's ``shared_memory`` bytes (0: not so). Only ``stages`` depends on these.
+    """
     # A lane's state is two numbers of the accumulation type if plain, else six. With 8 lanes a thread (4 in fp64)
     # that takes some 40 registers, else 80 to 96: 1536 or 512 threads share a multiprocessor, each with 32 bytes (fp32)
     # or 16 (bf16) in flight of a tensor, twice that with soft targets: 16 to 48 KiB (8 for smoothing in bf16). More
     # threads a row would only be more lanes to add up. A narrow row is one warp's: no barriers.
     # (Two lanes of fp64 would be the better share, but ptxas spills around its divisions then.)
-    return _ticks_launch(v, 4 if element_size == 8 else 8, warp_size, warp_size)
+    config = _ticks_launch(v, 4 if element_size == 8 else 8, warp_size, warp_size)
+    if not plain or config.rows > 1 or v % 4 or element_size == 8:
+        return config  # not plain, the copies' addresses would leave room for two programs of three
+    if warp_size == 64:
+        return replace(config, stages=2)
+    # Plain, copies cost no register: of 6 programs, two blocks each are on their way, 48 KiB in bf16 and 96 in fp32.
+    most = (shared_memory // 6 - 1024) // (config.block_v * element_size) + 1
+    return replace(config, stages=min(most, 4) if most > 2 else 1)
 
 
 @functools.cache

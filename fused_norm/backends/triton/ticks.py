@@ -37,6 +37,7 @@ from .common import (
     kept,
     number,
     row_stride,
+    shared_memory,
     sum_columns,
     warp_size,
 )
@@ -167,6 +168,7 @@ def ticks_forward_kernel(
     ALIGN_TARGET: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """loss = sum_j a_j*((ce + ticks)*nll_j + ticks*p_j), the logits read once.
 
@@ -180,7 +182,8 @@ def ticks_forward_kernel(
 
     A logit z, d = z - largest, joins the others; or if d > 0 it is the largest, and the one before it joins them, d
     below. Either way there is one exponential, exp(-|d|), by which in the latter case what was there shrinks. At the
-    end the lanes' largest join the row's others, but one that is the row's largest: the lowest such lane's.
+    end the lanes' largest join the row's others, but one that is the row's largest: the lowest such lane's. The next
+    STAGES - 2 blocks are on their way to shared memory meanwhile.
     """
     ACC: tl.constexpr = tl.float64 if FP64 else tl.float32
     both = number(both_bits, FP64)
@@ -209,7 +212,7 @@ def ticks_forward_kernel(
         a = tl.zeros([ROWS, BLOCK_V], ACC)
         ae = tl.zeros([ROWS, BLOCK_V], ACC)
         ag = tl.zeros([ROWS, BLOCK_V], ACC)
-    for start in range(0, end, BLOCK_V):
+    for start in tl.range(0, end, BLOCK_V, num_stages=STAGES):
         cols = start + lane
         col_ok = cols < v
         ok = kept[:, None] & col_ok
@@ -316,7 +319,7 @@ def _forward_launch(
     """``strides`` are those of z and target, ``options`` the call's from ignore_index on."""
     ignore_index, smoothing, ce, ticks, softcap = options
     bits = functools.partial(float_bits, fp64=dtype == torch.float64)
-    config = launch.ticks_forward_launch(v, dtype.itemsize, warp_size(device))
+    config = launch.ticks_forward_launch(v, dtype.itemsize, warp_size(device), plain, shared_memory(device))
     cap = (bits(softcap), bits(1 / softcap if softcap else 0.0))
     return Launch(
         ticks_forward_kernel,
@@ -342,6 +345,7 @@ def _forward_launch(
             "ALIGN_TARGET": launch.alignment(v, strides[1]),
             "ROWS": config.rows,
             "BLOCK_V": config.block_v,
+            "STAGES": config.stages,
         },
         device,
         config.num_warps,
