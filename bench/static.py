@@ -81,6 +81,7 @@ def builds(kernel: str) -> list[tuple]:
     if kernel == "norm":
         found = [norm.Build(p, n, size) for p, size, n in product(both, sizes, (1024, 4096, 65536))]
         found += [norm.Build("forward", 16384, size) for size in sizes] + [norm.Build("reduce", 4096, 4)]
+        found += [norm.Build("backward", 8192, size) for size in sizes]
         found += [norm.Build(p, 1001, 4) for p in both] + [norm.Build(p, 4096, 2, True) for p in both]
         return [(norm, b) for b in found + [norm.Build(p, 4096, 2, param_size=4) for p in both]]
     if kernel == "double_backward":
@@ -94,10 +95,17 @@ def builds(kernel: str) -> list[tuple]:
 
 
 def accesses(ptx: str, kind: str) -> dict[str, int]:
-    """How many loads (``ld``) or stores (``st``) of global memory there are of each width in bytes."""
+    """How many loads (``ld``) or stores (``st``) of global memory there are of each width in bytes; as loads count the
+    copies of streams to shared memory too, those with an eviction hint."""
     found: dict[str, int] = {}
-    for vector, bits in re.findall(rf"\b{kind}\.global\S*?(?:\.v(\d))?\.[bfu](\d+)\b", ptx):
-        width = str(int(vector or 1) * int(bits) // 8)
+    widths = [
+        int(vector or 1) * int(bits) // 8
+        for vector, bits in re.findall(rf"\b{kind}\.global\S*?(?:\.v(\d))?\.[bfu](\d+)\b", ptx)
+    ]
+    if kind == "ld":
+        copies = re.findall(r"cp\.async\.c[ag]\S*cache_hint \[[^]]*\], \[[^]]*\], (\w+)", ptx)
+        widths += [int(width, 0) for width in copies]
+    for width in map(str, widths):
         found[width] = found.get(width, 0) + 1
     return dict(sorted(found.items(), key=lambda item: -int(item[0])))
 
