@@ -43,7 +43,7 @@ CLASSES, LOGITS_ROWS = (128256, 32000, 262144), 4096
 
 #: The most partial sums of dw and db: half and twice what there are, and twice an H100's multiprocessors.
 PARTS = (128, 256, 264, 512)
-#: How many tiles a kernel has under way, where its launch says so.
+#: How many tiles a program has in hand at once.
 STAGES = (1, 2, 3, 4)
 
 #: Times this near each other count as one.
@@ -88,9 +88,8 @@ def candidates(pass_name: str, n: int, element_size: int) -> list[Candidate]:
         looped = choose(1 << 20, element_size)  # the widest row's
         if n >= looped.block_n:
             changes.append({f.name: getattr(looped, f.name) for f in fields(looped)})
-    stages = next((f.name for f in fields(now) if "stages" in f.name), None)
-    if stages is not None:
-        changes += [{stages: value} for value in STAGES]
+    if now.looped or not forward:  # forward of a row that is held has one tile
+        changes += [{"stages": value} for value in STAGES]
     found = [Candidate()]
     for change in changes:
         new = replace(now, **change)

@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,16 +61,12 @@ def test_candidates_are_around_the_present_launch_and_can_be_launched(tune, at, 
             assert tune.Candidate({"num_warps": now.num_warps * 2}) in found
 
 
-def test_a_launch_with_stages_has_them_tried(tune, monkeypatch):
-    from fused_norm.backends.triton import launch
-
-    @dataclass(frozen=True)
-    class Staged(launch.NormLaunch):
-        num_stages: int = 2
-
-    monkeypatch.setattr(launch, "forward_launch", lambda *args: Staged(1, 4096, 4, False))
-    tried = {c.changes["num_stages"] for c in tune.candidates("forward", 4096, 4) if "num_stages" in c.changes}
-    assert tried == {1, 3, 4}
+@pytest.mark.parametrize(
+    "at, n, expected", [("forward", 4096, []), ("forward", 65536, [2, 3, 4]), ("backward", 4096, [2, 3, 4])]
+)
+def test_other_stages_are_tried_where_there_are_several_tiles(tune, at, n, expected):
+    tried = [c.changes["stages"] for c in tune.candidates(at, n, 4) if set(c.changes) == {"stages"}]
+    assert tried == expected  # on a device of unknown shared memory the launch itself has 1
 
 
 def test_a_candidate_is_what_the_kernels_launch_and_only_while_it_is_in_force(tune):
@@ -227,12 +223,21 @@ def test_the_script_in_the_interpreter(tmp_path):
         command = [sys.executable, str(SCRIPT), *options, "--output", str(out), *more]
         return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600)
 
-    for part in ("1/2", "2/2"):
+    for part in ("1/30", "30/30"):  # a tile of 256 rows takes the interpreter its time
         done = call("--prepare", part)
         assert done.returncode == 0 and "rror" not in done.stdout, done.stdout + done.stderr
     assert not out.exists()
-    done = call("--seconds", "20")
-    assert done.returncode == 0, done.stdout + done.stderr
+
+    def finish() -> None:
+        """As often as it takes: a run out of time says so, and the next goes on."""
+        for _ in range(20):
+            done = call("--seconds", "4")
+            if done.returncode == 0:
+                return
+            assert done.returncode == 1 and not results.read(out).finished, done.stdout + done.stderr
+        raise AssertionError(done.stdout + done.stderr)
+
+    finish()
     whole = results.read(out)
     native = fused_norm.available_backends()["native"] is None
     names = {(r.op, r.pass_name): [] for r in whole.rows}
@@ -249,9 +254,9 @@ def test_the_script_in_the_interpreter(tmp_path):
     lines = out.read_text().splitlines(keepends=True)
     lost = next(i for i, line in enumerate(lines) if '"pass": "backward"' in line)
     out.write_text("".join(lines[:lost]) + lines[lost][:40])
-    assert call("--seconds", "20").returncode == 0
+    finish()
     again = results.read(out)
-    assert again.finished and len(again.environments) == 2
+    assert again.finished and len(again.environments) >= 2
     assert sorted({(r.op, r.pass_name, r.provider) for r in again.rows}) == sorted(
         {(r.op, r.pass_name, r.provider) for r in whole.rows}
     )
