@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -337,13 +338,19 @@ def test_native(case: str) -> None:
 
 
 def _kernels_of_cuda() -> set[str]:
+    spec = importlib.util.spec_from_file_location("bench_gpu", ROOT / "bench" / "gpu.py")
+    gpu = sys.modules.setdefault("bench_gpu", importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(gpu)
     texts = [f.read_text() for f in (ROOT / "csrc" / "cuda").glob("*.cuh")]
-    return {name for text in texts for name in re.findall(r"\b(\w+_kernel)\(const T\*", text)}
+    return {name for name in gpu.kernels() if any(f" {name}(" in text for text in texts)}
 
 
 #: Of each native CUDA kernel the beginning of the names of cases that call it.
 NATIVE = {
     "norm_forward_kernel": "norms-",
+    "norm_backward_kernel": "norms-",
+    "norm_backward_plain_kernel": "norms-2x30000",
+    "norm_backward_reduce_kernel": "norms-150x100",
     "ticks_forward_kernel": "ticks-",
     "ticks_backward_kernel": "ticks-",
 }
