@@ -164,11 +164,30 @@ COPIED = """========= Host API memory access error at host access to 0x7f7fcdc01
             "2 errors",
         ),  # of which kernel?
         (1, f"1 failed, 3 passed\n{TORCHS}" + "========= ERROR SUMMARY: 1 error", "exit status 1"),
+        (
+            0,
+            "3 passed\n========= Warning: Detected overflow of tracked cuda::barrier structures.\n"
+            "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)",
+            "Detected overflow of tracked cuda::barrier",
+        ),
     ],
 )
 def test_what_counts_as_clean_under_a_sanitizer(gpu, rc, log, said):
     verdict = gpu.judge_sanitizer(rc, log)
     assert verdict is None if said is None else said in verdict
+
+
+def test_setuptools_too_old_for_the_build_are_named(gpu, monkeypatch):
+    monkeypatch.setattr(gpu.importlib.metadata, "version", lambda name: "75.3.0")
+    monkeypatch.setattr(gpu, "cuda_home", lambda: None)
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    with pytest.raises(RuntimeError, match=r"setuptools is 75\.3\.0, and reading pyproject\.toml needs 77"):
+        gpu.build_steps()
+    monkeypatch.setattr(gpu.importlib.metadata, "version", lambda name: "77.0.1")
+    (step,) = gpu.build_steps()
+    assert step.env["TORCH_CUDA_ARCH_LIST"] == "9.0"
 
 
 def test_a_section_alone_builds_first_where_nothing_is_built(gpu, tmp_path, monkeypatch):
@@ -338,7 +357,9 @@ def test_every_sanitizer_runs_over_every_small_gpu_test(gpu, monkeypatch):
     for tool in gpu.SANITIZER_TOOLS:
         for file in gpu.SANITIZED_TEST_FILES:
             shards = [s.command[-1] for s in steps if s.command[2] == tool and file in s.command]
-            assert shards == (["1/3", "2/3", "3/3"] if file == "tests/test_sanitized.py" else ["-q"])
+            apart = ["1/3", "2/3", "3/3", "clusters"]
+            assert shards == (apart if file == "tests/test_sanitized.py" else ["-q"])
+        assert ("--num-cuda-barriers" in gpu.sanitizer_options(tool)) == (tool in ("racecheck", "synccheck"))
     assert {Path(f).stem for f in gpu.SANITIZED_TEST_FILES} >= {
         "test_sanitized",
         "test_triton_ticks",
