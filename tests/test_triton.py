@@ -185,6 +185,7 @@ CASES += [
     Case(30, 100, d, rms, None, "weight+bias", 3, own)
     for d, rms, own in ((FP32, False, True), (BF16, True, True), (BF16, False, False))
 ]
+CASES += [Case(80, 100, d, groups=2, per_group=own) for d, own in ((FP32, True), (BF16, False))]  # of several parts
 CASES += [Case(20, n, d, layout=la) for n, d in ((96, FP32), (63, BF16)) for la in ("strided", "misaligned")]
 CASES += [Case(20, 100, FP32, rms, eps=eps) for eps in (0.0, 0.1) for rms in (False, True)]
 
@@ -212,6 +213,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 LOOPED = [Case(14, 200, dtype, rms) for dtype in DTYPES for rms in (False, True)] + [Case(14, 64), Case(14, 1, FP64)]
 LOOPED += [Case(27, 150, BF16, rms, FP32, groups=3, per_group=own) for rms, own in ((False, True), (True, False))]
+LOOPED += [Case(27, 150, d, groups=3) for d in (FP64, FP32)] + [Case(27, 150, BF16, False, FP32, groups=3)]
 LOOPED += [Case(14, 100, FP32, affine=affine) for affine in ("weight", "bias", "none")]
 LOOPED += [Case(14, 100, FP32, layout=layout) for layout in ("strided", "misaligned")]
 LOOPED += [Case(2, 200, BF16)]
@@ -406,6 +408,7 @@ DOUBLE += [Case(70, n, FP32, rms) for n in (1, 2, 3) for rms in (False, True)]
 DOUBLE += [Case(20, 100, BF16, rms, FP32) for rms in (False, True)]
 DOUBLE += [Case(20, 100, FP32, affine="none"), Case(30, 100, FP32, groups=3), Case(1, 64, FP32)]
 DOUBLE += [Case(30, 100, d, r, FP32, groups=3, per_group=True) for d, r in ((FP32, False), (BF16, True))]
+DOUBLE += [Case(80, 100, d, groups=2) for d in (FP32, BF16)]
 DOUBLE += [Case(20, n, d, layout=la) for n, d in ((96, FP32), (63, BF16)) for la in ("strided", "misaligned")]
 
 
@@ -419,6 +422,7 @@ def test_double_backward_against_the_truth(case: Case) -> None:
 
 DOUBLE_LOOPED = [Case(14, 200, dtype, rms) for dtype in (FP64, FP32, BF16) for rms in (False, True)]
 DOUBLE_LOOPED += [Case(27, 150, BF16, r, FP32, groups=3, per_group=own) for r, own in ((False, True), (True, False))]
+DOUBLE_LOOPED += [Case(27, 150, d, groups=3) for d in (FP32, BF16)]
 DOUBLE_LOOPED += [Case(14, 100, FP32, layout="strided"), Case(14, 100, FP32, affine="none"), Case(2, 64, FP16)]
 
 
@@ -767,6 +771,63 @@ def test_partition_shares_out_every_row_once(rows: int, groups: int, tile: int) 
     assert (share.parts - 1) * share.rows_per_part < rows <= share.parts * share.rows_per_part
 
 
+def test_no_grid_has_a_second_dimension() -> None:
+    """CUDA takes 2^31 - 1 programs in the first and 65535 in the others; vmap makes as many groups as its batch has."""
+    run = norm._reduce_launch(70_000, 2, 100, FP32, torch.device("cpu"))
+    assert run.grid == (70_000 * 7, 1, 1)
+    assert dict(zip(("parts", "n", "blocks"), run.integers, strict=True)) == {"parts": 2, "n": 100, "blocks": 7}
+
+
+@runs_kernels
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("function", ["norm_backward", "norm_double_backward"])
+def test_one_part_of_several_tiles_is_the_result_unless_rounded(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three groups, each with one part of three looped tiles: sums in the result's type need no second launch."""
+    reduced = []
+    for module in (norm, double_backward):
+        monkeypatch.setattr(module, "add_up_partials", lambda *args: reduced.append(args))
+    for dtype, param_dtype, launches in ((FP64, FP64, 0), (FP32, FP32, 0), (BF16, FP32, 0), (BF16, BF16, 1)):
+        reduced.clear()
+        x = torch.ones(27, 64, dtype=dtype, device=DEVICE)
+        stats = torch.ones(2, 27, dtype=common.accumulation_dtype(x), device=DEVICE)
+        upstream = (x,) if function == "norm_backward" else (x, None, None, x)
+        getattr(backend, function)(*upstream, x, stats, None, 64, 3, False, param_dtype, *ALL)
+        assert len(reduced) == launches
+
+
+def one_row(n: int) -> dict[str, tuple]:
+    """The arguments of the contract's functions for one row of ``n`` elements, without memory."""
+    x, stats, grad = (torch.empty(s, dtype=BF16, device="meta") for s in ((1, n), (3, 1), (1,)))
+    target = torch.empty(1, dtype=torch.int64, device="meta")
+    ticks = (-100, 0.0, 1.0, 1e-3, 0.0)
+    return {
+        "norm_forward": (x, None, None, n, 1, 1e-5, False, True),
+        "norm_backward": (x, x, stats, None, n, 1, False, BF16, *ALL),
+        "norm_double_backward": (x, None, None, x, x, stats, None, n, 1, False, BF16, *ALL),
+        "add_norm_forward": (x, x, None, None, None, n, 1e-5, False, 0.0, True, False),
+        "add_norm_backward": (x, None, x, stats, None, None, n, False, 0.0, BF16, BF16, True, *ALL),
+        "ticks_forward": (x, target, None, *ticks),
+        "ticks_backward": (grad, None, x, target, stats, None, *ticks, True, False, False),
+    }
+
+
+@pytest.mark.parametrize("function", list(one_row(1)))
+def test_a_row_too_long_to_count_is_refused(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The counter of a loop over a row goes a block beyond it, and must not wrap there."""
+    launched = []
+    monkeypatch.setattr(common.Launch, "__call__", lambda self, *_: launched.append(self))
+    longest = launch.LONGEST_ROW
+    for n in (longest + 1, 2**31 - 1, 2**31, 2**40):
+        with pytest.raises(RuntimeError, match=f"a row has {n} elements, the Triton kernels take at most {longest}"):
+            getattr(backend, function)(*one_row(n)[function])
+    assert not launched
+    getattr(backend, function)(*one_row(longest)[function])
+    assert launched
+    for run in launched:
+        block = run.constants.get("BLOCK_N") or run.constants["BLOCK_V"]
+        assert longest + (run.constants.get("STAGES", 1) + 1) * block < 2**31
+
+
 def test_alignment() -> None:
     assert [launch.alignment(n) for n in (1, 2, 12, 16, 48, 1000, 0)] == [1, 2, 4, 16, 16, 8, 16]
     assert launch.alignment(64, 24) == 8
@@ -891,7 +952,19 @@ def test_importing_the_backend_imports_no_triton() -> None:
 
 # ------------------------------------------------------------------------------------------------ compiled, without GPU
 
-INTEGERS = {"eps_bits", "threshold", "scale_bits", "total_rows", "rows", "tiles", "parts", "rows_per_part", "n"}
+INTEGERS = {
+    "eps_bits",
+    "threshold",
+    "scale_bits",
+    "total_rows",
+    "rows",
+    "tiles",
+    "parts",
+    "rows_per_part",
+    "n",
+    "blocks",
+}
+
 ADD = ("residual_ptr", "summed_ptr", "dsummed_ptr", "dinput_ptr", "seed_ptr")  # add and norm's: test_triton_add_norm.py
 
 

@@ -110,14 +110,17 @@ class Launch:
     def __init__(
         self,
         kernel: Callable,
-        grid: tuple[int, ...],
+        programs: int,
         integers: tuple[int, ...],
         constants: dict[str, object],
         device: torch.device,
         num_warps: int,
     ) -> None:
-        """``integers`` and ``constants`` in the order of the kernel's parameters, which begin with its pointers."""
-        self.kernel, self.grid, self.integers, self.device = kernel, (*grid, 1, 1)[:3], integers, device
+        """``integers`` and ``constants`` in the order of the kernel's parameters, which begin with its pointers.
+
+        CUDA takes 2^31 - 1 ``programs`` in the first dimension of a grid, and 65535 in the others, which are not used.
+        """
+        self.kernel, self.grid, self.integers, self.device = kernel, (programs, 1, 1), integers, device
         self.constants = {**constants, "num_warps": num_warps, **COMPILE_OPTIONS}
         self._trailing = (*integers, *constants.values())
         self._compiled: dict[tuple, triton.compiler.CompiledKernel] = {}

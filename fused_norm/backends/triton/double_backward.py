@@ -393,6 +393,7 @@ def norm_double_backward(
     need_dw: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """grad_dy, grad_x and grad_w (None where not needed), in at most two launches. See :mod:`fused_norm.backends`."""
+    launch.require_countable(n)
     grad_dy = fresh(x) if need_ddy else None
     grad_x = fresh(x) if need_dx else None
     grad_w = torch.empty(groups, n, dtype=param_dtype, device=x.device) if need_dw else None
@@ -423,9 +424,10 @@ def norm_double_backward(
     parts = launch.double_backward_partition(rows, groups, config.rows, need_dw).parts
     partial = None
     if need_dw:
-        # A single partial row that is written once is the result.
-        direct = parts == 1 and not (config.looped and rows > config.rows)
-        partial = grad_w if direct else torch.empty(groups, parts, n, dtype=accumulation_dtype(x), device=x.device)
+        acc = accumulation_dtype(x)
+        once = not config.looped or rows <= config.rows
+        direct = parts == 1 and (once or param_dtype == acc)  # as in .norm
+        partial = grad_w if direct else torch.empty(groups, parts, n, dtype=acc, device=x.device)
     row_strides = (*[n if t is None else row_stride(t, n) for t in (ddx, dy)], row_stride(x, n))
     run = _launch(
         n, rows, groups, row_strides, (weight_stride, ddw_stride, ddb_stride), x.dtype, rms, need_dw, x.device
@@ -454,7 +456,7 @@ def _launch(
     ddx_stride, dy_stride, x_stride = row_strides
     return Launch(
         norm_double_backward_looped_kernel if config.looped else norm_double_backward_kernel,
-        (groups * share.parts,),
+        groups * share.parts,
         (rows * groups, rows, share.parts, share.rows_per_part, n, *row_strides, *group_strides),
         {
             "IS_RMS": rms,

@@ -13,6 +13,10 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 
+#: The most elements of a row. Kernels count its columns in 32 bits; a loop's counter goes one block beyond the row, and
+#: copies ahead as many more as there are stages, of at most 8192 columns each.
+LONGEST_ROW = 2**31 - 2**16
+
 #: A row wider than this (by element size) is looped over: the widest that the compiler keeps in registers without
 #: spilling on sm_80, sm_90 and sm_100 (tests/test_triton.py). Forward holds an fp32 value an element, 32 a thread.
 #: 32768 columns would need 1024 threads, which have 64 registers each: too few in fp32, and on sm_100 in bf16.
@@ -48,6 +52,12 @@ class Partition:
 
     parts: int
     rows_per_part: int
+
+
+def require_countable(n: int) -> None:
+    """Raise RuntimeError for a row of ``n`` elements that no kernel can count."""
+    if n > LONGEST_ROW:
+        raise RuntimeError(f"a row has {n} elements, the Triton kernels take at most {LONGEST_ROW}")
 
 
 def _ceil_div(a: int, b: int) -> int:

@@ -346,6 +346,7 @@ def _forward(
     cast: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """y, the sum with the residual (None without one) and the row statistics, in one launch."""
+    launch.require_countable(n)
     like = x if residual is None else residual  # as y is
     total_rows = x.numel() // n
     y = fresh(like)
@@ -387,7 +388,7 @@ def _forward_launch(
     tiles = -(-rows // config.rows)
     return Launch(
         norm_forward_looped_kernel if config.looped else norm_forward_kernel,
-        (groups * tiles,),
+        groups * tiles,
         (float_bits(eps, fp64), *dropout_integers(dropout_p, fp64), total_rows, rows, tiles, n, *strides),
         {
             "IS_RMS": rms,
@@ -683,7 +684,7 @@ def norm_backward_looped_kernel(
         tl.debug_barrier()  # the next tile reads the partial sums that other threads of this program may have written
 
 
-@triton.jit(do_not_specialize=["parts", "n"])
+@triton.jit(do_not_specialize=["parts", "n", "blocks"])
 def norm_backward_reduce_kernel(
     dw_partial_ptr,  # None, or (groups, parts, n)
     db_partial_ptr,
@@ -691,6 +692,7 @@ def norm_backward_reduce_kernel(
     db_ptr,
     parts,
     n,
+    blocks,  # programs of one group
     FP64: tl.constexpr,
     ALIGN_N: tl.constexpr,
     PARTS: tl.constexpr,
@@ -699,8 +701,8 @@ def norm_backward_reduce_kernel(
     """Add up one group's partial rows for BLOCK_N columns: those equal modulo PARTS in order, then pairs."""
     ACC: tl.constexpr = tl.float64 if FP64 else tl.float32
     n = n // ALIGN_N * ALIGN_N
-    group = tl.program_id(1).to(tl.int64)
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    group = (tl.program_id(0) // blocks).to(tl.int64)
+    cols = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     if dw_ptr is not None:
         total = _sum_parts(dw_partial_ptr + group * parts * n, cols, parts, n, PARTS, BLOCK_N, ACC)
         tl.store(dw_ptr + group * n + cols, total, mask=cols < n)
@@ -736,10 +738,11 @@ def add_up_partials(
 @kept
 def _reduce_launch(groups: int, parts: int, n: int, dtype: torch.dtype, device: torch.device) -> Launch:
     config = launch.reduce_launch(n, parts, warp_size(device))
+    blocks = -(-n // config.block_n)
     return Launch(
         norm_backward_reduce_kernel,
-        (-(-n // config.block_n), groups),
-        (parts, n),
+        groups * blocks,
+        (parts, n, blocks),
         {
             "FP64": dtype == torch.float64,
             "ALIGN_N": launch.alignment(n),
@@ -769,6 +772,7 @@ def _backward(
     need_db: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dx, dinput (where it has a dtype), dw and db, each None where not needed, in at most two launches."""
+    launch.require_countable(n)
     need_dinput = dinput_dtype is not None
     if not (need_dx or need_dinput):
         dsummed = None
@@ -777,8 +781,9 @@ def _backward(
     rows = x.numel() // n // groups
     config = launch.backward_launch(n, x.element_size(), warp_size(x.device), seed is not None)
     parts = launch.backward_partition(rows, groups, config.rows, n).parts
-    # A single partial row that is written once is the result.
-    direct = parts == 1 and not (config.looped and rows > config.rows)
+    # A single partial row is the result, if what is added to it tile by tile is not rounded to a narrower type.
+    once = not config.looped or rows <= config.rows
+    direct = parts == 1 and (once or param_dtype == accumulation_dtype(x))
 
     def parameter_gradient(needed: bool) -> tuple[Tensor | None, Tensor | None]:
         if not needed:
@@ -824,7 +829,7 @@ def _backward_launch(
     share = launch.backward_partition(rows, groups, config.rows, n)
     return Launch(
         norm_backward_looped_kernel if config.looped else norm_backward_kernel,
-        (groups * share.parts,),
+        groups * share.parts,
         (*dropout_integers(dropout_p, fp64), rows * groups, rows, share.parts, share.rows_per_part, n, *strides),
         {
             "IS_RMS": rms,

@@ -295,6 +295,7 @@ def ticks_forward(
 ) -> tuple[Tensor, Tensor]:
     """The losses and the row statistics, in one launch. See :mod:`fused_norm.backends`."""
     rows, v = z.shape
+    launch.require_countable(v)
     plain, soft = _is_plain(target, smoothing), target.is_floating_point()
     acc = accumulation_dtype(z)
     loss = torch.empty(rows, dtype=acc, device=z.device)
@@ -323,7 +324,7 @@ def _forward_launch(
     cap = (bits(softcap), bits(1 / softcap if softcap else 0.0))
     return Launch(
         ticks_forward_kernel,
-        (-(-rows // config.rows),),
+        -(-rows // config.rows),
         (
             ignore_index,
             bits(ce + ticks),
@@ -499,6 +500,7 @@ def ticks_backward(
     if not (need_dz or need_dtarget):
         return None, None
     rows, v = z.shape
+    launch.require_countable(v)
     dz = None
     if need_dz:
         dz = z if inplace else fresh(z)
@@ -542,7 +544,7 @@ def _backward_launch(
     )
     return Launch(
         ticks_backward_kernel,
-        (-(-rows // config.rows) * blocks,),
+        -(-rows // config.rows) * blocks,
         (ignore_index, *map(bits, weights), rows, v, blocks, *strides),
         {
             "PLAIN": plain,
