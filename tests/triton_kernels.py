@@ -98,7 +98,7 @@ def interpreter_as_hardware() -> Iterator[None]:
 
     cast_impl = interpreter.InterpreterBuilder.cast_impl
     patch_builtin, patch_tensor = interpreter._patch_builtin, interpreter._patch_lang_tensor
-    a_builtin: dict[object, str] = {}
+    a_builtin: dict[object, str | None] = {}
 
     def rounding_cast(self, src, dst_type):
         if src.dtype.scalar != tl.float32 or dst_type.scalar != tl.bfloat16:
@@ -108,8 +108,10 @@ def interpreter_as_hardware() -> Iterator[None]:
 
     def patch_once(namespace, *args):
         if namespace not in a_builtin:
-            a_builtin[namespace] = next(k for k, v in vars(namespace).items() if tl.core.is_builtin(v))
-        if tl.core.is_builtin(getattr(namespace, a_builtin[namespace])):  # not patched yet
+            # None: a helper's call leaves patched for good what its kernel did not patch, here an earlier module's.
+            a_builtin[namespace] = next((k for k, v in vars(namespace).items() if tl.core.is_builtin(v)), None)
+        name = a_builtin[namespace]
+        if name is not None and tl.core.is_builtin(getattr(namespace, name)):  # not patched yet
             patch_builtin(namespace, *args)
 
     def patch_tensor_with_index(tensor, scope):
