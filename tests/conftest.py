@@ -119,6 +119,11 @@ class Place:
     def __str__(self) -> str:
         return f"{self.device}-{self.backend}"
 
+    @property
+    def composes(self) -> bool:
+        """Whether double backward and add_norm are torch's operations there, around kernels of the norms alone."""
+        return (self.device, self.backend) == ("cuda", "native")
+
 
 def _missing(place: Place) -> str | None:
     if place.device == "cuda" and not torch.cuda.is_available():

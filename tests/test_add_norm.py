@@ -524,8 +524,10 @@ def test_compiled_graphs_hold_the_kernels(op: str, place, fresh_dynamo) -> None:
     function = torch.compile(_call, fullgraph=True, backend=aot_autograd(fw_compiler=compiler))
     y, summed = function(op, leaf(x), leaf(r), params, dropout_p=0.3)
     (y.sin().sum() + summed.sin().sum()).backward()
-    assert sum("add_norm_forward" in name for name in found) == 1
-    assert sum("add_norm_backward" in name for name in found) == 1
+    prefix = {"native": "fused_norm.", "triton": "fused_norm.triton_"}[place.backend]
+    prefix += "norm_" if place.composes else "add_norm_"
+    kernels = [name for name in found if name.startswith("fused_norm.")]
+    assert kernels == [f"{prefix}forward.default", f"{prefix}backward.default"]
 
 
 @both_ops
