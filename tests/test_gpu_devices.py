@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import math
 import os
 import resource
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -113,8 +116,13 @@ def fill(inputs: Inputs, others: Inputs) -> None:
 # --------------------------------------------------------------------------------------------------------------- graphs
 
 
-def capture(step: Callable[[], dict[str, Tensor]], device: str) -> tuple[Callable[[], None], dict[str, Tensor]]:
-    """A function that does the step again as it was recorded, and the results, which it writes over."""
+def capture(
+    step: Callable[[], dict[str, Tensor]], device: str, warm_up: Callable[[], object] | None = None
+) -> tuple[Callable[[], None], dict[str, Tensor]]:
+    """A function that does the step again as it was recorded, and the results, which it writes over.
+
+    It is done beforehand too, if there is nothing else to ``warm_up``.
+    """
     if device == "cpu":
         results = step()
 
@@ -127,7 +135,7 @@ def capture(step: Callable[[], dict[str, Tensor]], device: str) -> tuple[Callabl
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            step()
+            (warm_up or step)()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -151,6 +159,46 @@ def test_a_graph_replays_forward_and_backward(op: str, dtype: torch.dtype, place
         if op.startswith("dropout"):
             masks.append(mask_of(inputs, results))
     assert not masks or not torch.equal(*masks), "each replay draws a mask of its own"
+
+
+#: Widths of each kind of native kernel: rows that a warp, a block and a cluster hold, odd ones, and vocabularies.
+FIRST_CALLS = [(op, shape) for op in NORMS for shape in ((48, 640), (48, 650), (16, 5120), (8, 16384), (4, 65536))]
+FIRST_CALLS += [(op, shape) for op in TICKS[:2] for shape in ((48, 1000), (48, 1001), (8, 50000))]
+
+
+def capture_first_calls(device: str) -> None:
+    """To be run in a new process: torch is ready for graphs, this package has done nothing yet."""
+
+    def of_torch() -> None:
+        x = torch.ones(4, 4, device=device, requires_grad=True)
+        torch.autograd.grad(torch.nn.functional.layer_norm(x, (4,)).sin().sum(), x)
+
+    for dtype, (op, shape) in itertools.product((FP32, BF16), FIRST_CALLS):
+        inputs = draw(op, dtype, device, shape=shape)
+        replay, results = capture(lambda: run(op, inputs), device, of_torch)  # noqa: B023
+        fill(inputs, draw(op, dtype, device, 1, shape))
+        for value in results.values():
+            value.fill_(math.nan)
+        replay()
+        check(op, inputs, results)
+        print(op, shape, dtype, flush=True)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_graph_records_the_very_first_call(device: str) -> None:
+    """What native kernels ask of the device once, and allow them once, needs no call before the capture.
+
+    (Triton's are compiled and loaded by their first call, which must come before.)
+    """
+    require(Place(device, "native"))
+    tests = Path(__file__).parent
+    path = os.pathsep.join([str(tests), str(Path(fused_norm.__file__).parents[1])])
+    environment = os.environ | {"PYTHONPATH": path, "FUSED_NORM_BACKEND": "native"}
+    code = f"import test_gpu_devices; test_gpu_devices.capture_first_calls({device!r})"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, f"after {done.stdout[-300:]}: {done.stderr[-3000:]}"
+    assert len(done.stdout.splitlines()) == 2 * len(FIRST_CALLS), done.stdout
 
 
 # -------------------------------------------------------------------------------------------------------------- waiting
