@@ -1,4 +1,4 @@
-// Launches in clusters and with more shared memory than a kernel has unasked. Host code, for nvcc alone.
+// Which device the runtime means, and launches in clusters and with more shared memory than a kernel has unasked. Host code, for nvcc alone.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,12 +7,20 @@
 #include <mutex>
 #include <set>
 #include <tuple>
-#include <utility>
 #include <vector>
 
 namespace fused_norm {
 
 inline const char* describe(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
+// Makes `device` the calling thread's current one. This library has the CUDA runtime linked in, torch another copy, and both must mean the same
+// device; the caller's guard has set it and restores it. So there is mostly nothing to do, and that matters: cudaSetDevice would put the device's
+// primary context in the place of whatever context is current, a green one say.
+inline cudaError_t use_device(int device) {
+  int current = 0;
+  const cudaError_t error = cudaGetDevice(&current);
+  return error != cudaSuccess || current == device ? error : cudaSetDevice(device);
+}
 
 struct Device {
   cudaError_t error;       // what reading the others met
@@ -87,19 +95,25 @@ class Launch {
 
   unsigned cluster() const { return config_.numAttrs == 0 ? 1 : attribute_.val.clusterDim.x; }
 
-  // Asks once for all that this kernel may ever want on this device.
+  // Asks for what this launch wants and a kernel has not unasked. A refusal of wide clusters must not cost a kernel its shared memory: the
+  // driver may refuse them to code that it has made of PTX for an older device.
   cudaError_t allow(const void* function) const {
-    if (config_.dynamicSmemBytes <= kSharedForAll && cluster() <= kClusterForAll) return cudaSuccess;
-    static std::mutex mutex;
-    static std::set<std::pair<int, const void*>> allowed;
-    const std::lock_guard<std::mutex> guard(mutex);
-    if (allowed.count({device_, function}) != 0) return cudaSuccess;
-    const Device& device = device_of(device_);
-    cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(device.shared_limit));
-    if (error == cudaSuccess && device.compute_capability >= 90) {
-      error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    cudaError_t error = cudaSuccess;
+    if (config_.dynamicSmemBytes > kSharedForAll) {
+      error = allow(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(device_of(device_).shared_limit));
     }
-    if (error == cudaSuccess) allowed.insert({device_, function});
+    if (error == cudaSuccess && cluster() > kClusterForAll) error = allow(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    return error;
+  }
+
+  // Once for each kernel and device.
+  cudaError_t allow(const void* function, cudaFuncAttribute attribute, int value) const {
+    static std::mutex mutex;
+    static std::set<std::tuple<int, const void*, cudaFuncAttribute>> allowed;
+    const std::lock_guard<std::mutex> guard(mutex);
+    if (allowed.count({device_, function, attribute}) != 0) return cudaSuccess;
+    const cudaError_t error = cudaFuncSetAttribute(function, attribute, value);
+    if (error == cudaSuccess) allowed.insert({device_, function, attribute});
     return error;
   }
 

@@ -32,8 +32,7 @@ struct Launcher {
 size_t norm_backward_scratch_bytes(const NormBackward& args, int device) { return norm_backward_scratch(args, device_of(device).shared_limit); }
 
 const char* launch_norm_backward(const NormBackward& args, int device, void* stream) {
-  // As for forward (norm_forward.cu): this library's copy of the CUDA runtime must mean the device that torch means.
-  if (const char* error = describe(cudaSetDevice(device))) return error;
+  if (const char* error = describe(use_device(device))) return error;
   const Device& found = device_of(device);
   if (const char* error = describe(found.error)) return error;
   return choose_norm_backward(args, found.shared_limit, Launcher{device, static_cast<cudaStream_t>(stream)});

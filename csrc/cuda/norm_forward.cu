@@ -25,9 +25,7 @@ struct Launcher {
 }  // namespace
 
 const char* launch_norm_forward(const NormForward& args, int device, void* stream) {
-  // This library has the CUDA runtime linked in, torch another copy: make sure that both mean the same device. The caller's guard
-  // has set it already and restores it.
-  if (const char* error = describe(cudaSetDevice(device))) return error;
+  if (const char* error = describe(use_device(device))) return error;
   const Device& found = device_of(device);
   if (const char* error = describe(found.error)) return error;
   return choose_norm_forward(args, {found.compute_capability, found.shared_limit}, Launcher{device, static_cast<cudaStream_t>(stream)});

@@ -1,14 +1,11 @@
 // The launcher of ticks_backward.cuh.
-#include <cuda_runtime.h>
-
+#include "launch.cuh"
 #include "ticks_backward.cuh"
 
 namespace fused_norm {
 
 const char* launch_ticks_backward(const TicksBackward& args, int device, void* stream) {
-  const auto describe = [](cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); };
-  // As for the norms (norm_forward.cu): this library's copy of the CUDA runtime must mean the device that torch means.
-  if (const char* error = describe(cudaSetDevice(device))) return error;
+  if (const char* error = describe(use_device(device))) return error;
   return choose_ticks_backward(args, [&](const TicksLaunch& how, auto kernel, auto... kernel_args) -> const char* {
     if (how.blocks > 0x7fffffff) return "more rows than one launch can serve";
     const dim3 block(how.threads_per_row, how.rows_per_block);
