@@ -138,6 +138,25 @@ def test_groups_have_their_own_parameters(emulator: Emulator, n: int) -> None:
     assert not torch.equal(a.y[4:], b.y[4:])
 
 
+MIXED = {"a weight a group": (True, False), "a bias a group": (False, True)}
+
+
+def draw_mixed(rows: int, n: int, types: Types, grouped: tuple[bool, bool], **options) -> Call:
+    """Of weight and bias one is shared by the two groups, and the other each group's own."""
+    call = draw(rows, n, types, groups=2, **options)
+    weight, bias = (p if each else p[0] for p, each in zip((call.weight, call.bias), grouped, strict=True))
+    return replace(call, weight=weight, bias=bias)
+
+
+@pytest.mark.parametrize("grouped", MIXED.values(), ids=MIXED)
+@pytest.mark.parametrize("types", [FP32, (torch.bfloat16, torch.float32)], ids=name)
+def test_one_parameter_shared_and_one_per_group(emulator: Emulator, types: Types, grouped: tuple[bool, bool]) -> None:
+    calls = [draw_mixed(4, n, types, grouped, rms=rms) for n in (1, 16, 100, 768) for rms in (False, True)]
+    calls += [draw_mixed(2, 16400, types, grouped, largest_cluster=blocks) for blocks in (16, 1)]
+    results = run_and_check(emulator, *calls)
+    assert {r.keep for r in results} == {"registers", "slice", "shared"}
+
+
 def test_a_large_offset_and_a_constant_row(emulator: Emulator) -> None:
     n = 4096
     x = torch.randn(3, n) + 1e6
@@ -343,6 +362,20 @@ BUGS = {
         "if (present<VECTOR, K>(c, j, n)) p[j] =",
         "p[j] =",
         lambda: draw(1, 99, affine=(False, False)),
+        "heap-buffer-overflow",
+    ),
+    "the bias of a group taken where its weight would be": Bug(
+        "norm_forward.cuh",
+        "bias + group * shape.bias_row_stride",
+        "bias + group * shape.weight_row_stride",
+        lambda: draw_mixed(4, 64, FP32, (False, True)),
+        None,
+    ),
+    "the bias of all groups taken as one of each": Bug(
+        "norm_forward.cuh",
+        "bias + group * shape.bias_row_stride",
+        "bias + group * shape.weight_row_stride",
+        lambda: draw_mixed(4, 64, FP32, (True, False)),
         "heap-buffer-overflow",
     ),
     "a chunk never written": Bug(

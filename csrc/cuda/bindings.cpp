@@ -126,19 +126,18 @@ std::tuple<Tensor, Tensor> norm_forward(const Tensor& x, const std::optional<Ten
                                         int64_t groups, double eps, bool rms, bool need_stats, bool cast) {
   const NormRows rows = check_rows("norm_forward", x, n, groups);
   fused_norm::DType param_dtype = rows.dtype;
-  bool weight_grouped = false, bias_grouped = false;
+  fused_norm::NormForward args{};
   if (weight) {
-    weight_grouped = check_param("norm_forward", *weight, "weight", x, rows);
+    args.weight_grouped = check_param("norm_forward", *weight, "weight", x, rows);
     param_dtype = dtype_of(*weight, "norm_forward", "weight");
   }
   if (bias) {
-    bias_grouped = check_param("norm_forward", *bias, "bias", x, rows);
+    args.bias_grouped = check_param("norm_forward", *bias, "bias", x, rows);
     param_dtype = dtype_of(*bias, "norm_forward", "bias");
   }
   if (weight && bias) {
     STD_TORCH_CHECK(weight->scalar_type() == bias->scalar_type(), "norm_forward: weight has dtype ",
                     torch::headeronly::toString(weight->scalar_type()), ", bias has ", torch::headeronly::toString(bias->scalar_type()));
-    STD_TORCH_CHECK(weight_grouped == bias_grouped, "norm_forward: weight has ", weight->numel(), " elements, bias has ", bias->numel());
   }
 
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
@@ -146,7 +145,6 @@ std::tuple<Tensor, Tensor> norm_forward(const Tensor& x, const std::optional<Ten
   const std::vector<int64_t> stats_shape{!need_stats ? 0 : rms ? 1 : 2, rows.count};
   Tensor stats = torch::stable::new_empty(x, stats_shape, accumulation(x));
 
-  fused_norm::NormForward args{};
   args.x = data_of(x, "norm_forward", "x");
   args.weight = weight ? data_of(*weight, "norm_forward", "weight") : nullptr;
   args.bias = bias ? data_of(*bias, "norm_forward", "bias") : nullptr;
@@ -156,7 +154,6 @@ std::tuple<Tensor, Tensor> norm_forward(const Tensor& x, const std::optional<Ten
   args.n = n;
   args.x_row_stride = rows.stride;
   args.groups = groups;
-  args.params_grouped = weight_grouped || bias_grouped;
   args.dtype = rows.dtype;
   args.param_dtype = param_dtype;
   args.eps = eps;

@@ -20,7 +20,8 @@ struct NormForward {
   int64_t n;
   int64_t x_row_stride;
   int64_t groups;       // divides rows
-  bool params_grouped;  // weight and bias are (groups, n) rather than (n)
+  bool weight_grouped;  // weight is (groups, n) rather than (n)
+  bool bias_grouped;    // likewise
   DType dtype;          // of x and y
   DType param_dtype;    // of weight and bias: dtype, or kFloat32 for kBFloat16 and kFloat16
   double eps;

@@ -45,7 +45,8 @@ struct NormShape {
   int64_t n;
   int64_t x_row_stride;
   int64_t rows_per_group;
-  int64_t param_row_stride;  // n with parameters per group, 0 with shared ones
+  int64_t weight_row_stride;  // n with weights per group, 0 with shared ones
+  int64_t bias_row_stride;    // likewise
   A eps;
   int chunks;  // of a row: ceil(n / elements per chunk)
   int slices;
@@ -310,7 +311,9 @@ __global__ void __launch_bounds__(forward_threads(KEEP), forward_blocks(KEEP))
     stats[m] = rstd;
     if (!IS_RMS) stats[shape.rows + m] = mean;
   }
-  const int64_t param_row = shape.param_row_stride == 0 ? 0 : m / shape.rows_per_group * shape.param_row_stride;
+  const int64_t group = shape.weight_row_stride == 0 && shape.bias_row_stride == 0 ? 0 : m / shape.rows_per_group;
+  const W* const weight_row = weight == nullptr ? nullptr : weight + group * shape.weight_row_stride;
+  const W* const bias_row = bias == nullptr ? nullptr : bias + group * shape.bias_row_stride;
   T* const y_row = y + m * shape.n;
   row.each([&](const Chunk& chunk, int c) {
     Chunk out;
@@ -319,8 +322,8 @@ __global__ void __launch_bounds__(forward_threads(KEEP), forward_blocks(KEEP))
 #pragma unroll
     for (int i = 0; i < K; i += P) {
       A w[P], b[P];
-      if (weight != nullptr) load_params<VECTOR>(weight + param_row, c * (K / P) + i / P, shape.n, w);
-      if (bias != nullptr) load_params<VECTOR>(bias + param_row, c * (K / P) + i / P, shape.n, b);
+      if (weight != nullptr) load_params<VECTOR>(weight_row, c * (K / P) + i / P, shape.n, w);
+      if (bias != nullptr) load_params<VECTOR>(bias_row, c * (K / P) + i / P, shape.n, b);
 #pragma unroll
       for (int j = 0; j < P; ++j) {
         const A xj = to_acc(chunk_get<T>(chunk, i + j));
@@ -382,8 +385,18 @@ auto choose_done(const NormForward& a, const NormForwardConfig& config, size_t s
     how.cluster = config.slices;
     how.shared_bytes = slice_shared_bytes<A>(config);
   }
-  const NormShape<A> shape{a.rows, a.n,           a.x_row_stride,      a.rows / a.groups, a.params_grouped ? a.n : 0, static_cast<A>(a.eps),
-                           chunks, config.slices, config.slice_chunks, cached,            a.cast};
+  const NormShape<A> shape{a.rows,
+                           a.n,
+                           a.x_row_stride,
+                           a.rows / a.groups,
+                           a.weight_grouped ? a.n : 0,
+                           a.bias_grouped ? a.n : 0,
+                           static_cast<A>(a.eps),
+                           chunks,
+                           config.slices,
+                           config.slice_chunks,
+                           cached,
+                           a.cast};
   return launch(how, norm_forward_kernel<T, W, IS_RMS, VECTOR, KEEP>, static_cast<const T*>(a.x), static_cast<const W*>(a.weight),
                 static_cast<const W*>(a.bias), static_cast<T*>(a.y), static_cast<A*>(a.stats), shape);
 }

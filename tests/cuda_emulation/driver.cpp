@@ -16,7 +16,7 @@
 namespace {
 
 struct Header {
-  int64_t dtype, param_dtype, rms, cast, need_stats, has_weight, has_bias, params_grouped;
+  int64_t dtype, param_dtype, rms, cast, need_stats, has_weight, has_bias, weight_grouped, bias_grouped;
   int64_t groups, rows, n, x_row_stride, compute_capability, shared_limit, largest_cluster;
   int64_t x_offset, y_offset, weight_offset, bias_offset;  // bytes past a 256-byte boundary
   double eps;
@@ -29,14 +29,14 @@ std::map<std::pair<int, int>, Run>& registry() {
 
 void serve(const Header& h) {
   const size_t size = bytes_of(h.dtype), param_size = bytes_of(h.param_dtype), acc_size = size == 8 ? 8 : 4;
-  const size_t params = static_cast<size_t>(h.params_grouped ? h.groups * h.n : h.n) * param_size;
+  const auto param_bytes = [&](bool grouped) { return static_cast<size_t>(grouped ? h.groups * h.n : h.n) * param_size; };
   const size_t stats_rows = h.need_stats ? (h.rms ? 1 : 2) : 0;
   const size_t x_bytes = static_cast<size_t>((h.rows - 1) * h.x_row_stride + h.n) * size;
   const bool sparse = x_bytes > (size_t(1) << 30);
   const Buffer dense_x(sparse ? 0 : x_bytes, h.x_offset);
   const SparseBuffer sparse_x(sparse ? x_bytes : 1);
   char* const x = static_cast<char*>(sparse ? sparse_x.data() : dense_x.data());
-  Buffer weight(h.has_weight ? params : 0, h.weight_offset), bias(h.has_bias ? params : 0, h.bias_offset);
+  Buffer weight(h.has_weight ? param_bytes(h.weight_grouped) : 0, h.weight_offset), bias(h.has_bias ? param_bytes(h.bias_grouped) : 0, h.bias_offset);
   for (int64_t r = 0; r < h.rows; ++r) read_bytes(x + r * h.x_row_stride * size, h.n * size);
   weight.read();
   bias.read();
@@ -57,7 +57,8 @@ void serve(const Header& h) {
     args.n = h.n;
     args.x_row_stride = h.x_row_stride;
     args.groups = h.groups;
-    args.params_grouped = h.params_grouped;
+    args.weight_grouped = h.weight_grouped;
+    args.bias_grouped = h.bias_grouped;
     args.dtype = static_cast<fused_norm::DType>(h.dtype);
     args.param_dtype = static_cast<fused_norm::DType>(h.param_dtype);
     args.eps = h.eps;

@@ -83,9 +83,10 @@ class Call:
         param_dtype = params[0].dtype if params else self.x.dtype
         sizes = (self.x.element_size(),) * 2 + (param_dtype.itemsize,) * 2
         header = struct.pack(
-            "19qd",
+            "20qd",
             *(CODES[self.x.dtype], CODES[param_dtype], self.rms, self.cast, self.need_stats),
-            *(self.weight is not None, self.bias is not None, any(p.numel() != n for p in params)),
+            *(self.weight is not None, self.bias is not None),
+            *(p is not None and p.numel() != n for p in (self.weight, self.bias)),
             *(self.groups, rows, n, n if self.x_row_stride is None else self.x_row_stride),
             *(self.compute_capability, self.shared_limit, self.largest_cluster),
             *(offset * size for offset, size in zip(self.offsets, sizes, strict=True)),
