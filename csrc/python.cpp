@@ -316,6 +316,30 @@ PyObject* find_operator(const char* name) {
   return packet ? look_up(packet.get(), "default._op") : nullptr;
 }
 
+// libtorch's stable ABI knows one exception alone, so that an operator of ours without memory for its results raises RuntimeError. Callers catch
+// torch.OutOfMemoryError, a kind of it: where the text says so, make it that, with the first as its cause.
+void recognise_out_of_memory() {
+  if (!PyErr_ExceptionMatches(PyExc_RuntimeError)) return;
+  PyObject *type, *value, *traceback;
+  PyErr_Fetch(&type, &value, &traceback);
+  PyErr_NormalizeException(&type, &value, &traceback);
+  // A kind of RuntimeError is known for what it is.
+  Ref text(type == PyExc_RuntimeError ? PyObject_Str(value) : nullptr), wanted(PyUnicode_FromString("CUDA out of memory"));
+  if (text && wanted && PyUnicode_Contains(text.get(), wanted.get()) == 1) {
+    Ref torch(PyImport_ImportModule("torch")), known(torch ? PyObject_GetAttrString(torch.get(), "OutOfMemoryError") : nullptr);
+    PyObject* const error = known ? PyObject_CallFunctionObjArgs(known.get(), text.get(), nullptr) : nullptr;
+    if (error) {
+      if (traceback) PyException_SetTraceback(value, traceback);
+      PyException_SetCause(error, value);  // takes it over
+      Py_DECREF(type);
+      Py_XDECREF(traceback);
+      return PyErr_Restore(known.release(), error, nullptr);
+    }
+  }
+  PyErr_Clear();
+  PyErr_Restore(type, value, traceback);
+}
+
 // `op`, filled by the first call that needs it, is the caller's own; all under the GIL.
 template <typename... R, typename... A>
 PyObject* call(const char* name, PyObject*& op, std::tuple<R...> (*f)(A...), PyObject* const* args, Py_ssize_t count) {
@@ -338,7 +362,9 @@ PyObject* call(const char* name, PyObject*& op, std::tuple<R...> (*f)(A...), PyO
     Py_INCREF(args[i]);
     PyTuple_SetItem(tuple.get(), i, args[i]);
   }
-  return PyObject_Call(op, tuple.get(), nullptr);
+  PyObject* const result = PyObject_Call(op, tuple.get(), nullptr);
+  if (!result) recognise_out_of_memory();
+  return result;
 }
 
 PyObject* norm_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {

@@ -10,6 +10,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <exception>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -17,6 +18,9 @@
 
 #include "norm.h"
 #include "ticks.h"
+
+// torch has it since 2.13, and declares it to none who want to run with 2.11.
+extern "C" __attribute__((weak, visibility("default"))) const char* torch_exception_get_what_without_backtrace();
 
 namespace {
 
@@ -78,6 +82,17 @@ void check_device(const Tensor& t, const char* op, const char* name, const Tenso
                   other.get_device_index());
 }
 
+// A new tensor beside `like`, of its dtype unless another is named. What the stable ABI throws where torch cannot make one says nothing of the
+// reason, which is mostly that there is no memory left: where torch tells it, it is in the message, and csrc/python.cpp and native.py know it.
+Tensor new_empty(const char* op, const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, std::optional<ScalarType> dtype = {}) {
+  try {
+    return torch::stable::new_empty(like, sizes, dtype);
+  } catch (const std::exception& error) {
+    const bool told = torch_exception_get_what_without_backtrace != nullptr;
+    STD_TORCH_CHECK(false, op, ": no tensor of shape ", text(sizes), ": ", told ? torch_exception_get_what_without_backtrace() : error.what());
+  }
+}
+
 ScalarType accumulation(const Tensor& x) { return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
 // ---- Norms. `op` is the operator's name in messages. ----
@@ -124,16 +139,17 @@ bool check_param(const char* op, const Tensor& p, const char* name, const Tensor
 
 std::tuple<Tensor, Tensor> norm_forward(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, int64_t n,
                                         int64_t groups, double eps, bool rms, bool need_stats, bool cast) {
-  const NormRows rows = check_rows("norm_forward", x, n, groups);
+  const char* const op = "norm_forward";
+  const NormRows rows = check_rows(op, x, n, groups);
   fused_norm::DType param_dtype = rows.dtype;
   fused_norm::NormForward args{};
   if (weight) {
-    args.weight_grouped = check_param("norm_forward", *weight, "weight", x, rows);
-    param_dtype = dtype_of(*weight, "norm_forward", "weight");
+    args.weight_grouped = check_param(op, *weight, "weight", x, rows);
+    param_dtype = dtype_of(*weight, op, "weight");
   }
   if (bias) {
-    args.bias_grouped = check_param("norm_forward", *bias, "bias", x, rows);
-    param_dtype = dtype_of(*bias, "norm_forward", "bias");
+    args.bias_grouped = check_param(op, *bias, "bias", x, rows);
+    param_dtype = dtype_of(*bias, op, "bias");
   }
   if (weight && bias) {
     STD_TORCH_CHECK(weight->scalar_type() == bias->scalar_type(), "norm_forward: weight has dtype ",
@@ -141,13 +157,13 @@ std::tuple<Tensor, Tensor> norm_forward(const Tensor& x, const std::optional<Ten
   }
 
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  Tensor y = torch::stable::new_empty(x, x.sizes());
+  Tensor y = new_empty(op, x, x.sizes());
   const std::vector<int64_t> stats_shape{!need_stats ? 0 : rms ? 1 : 2, rows.count};
-  Tensor stats = torch::stable::new_empty(x, stats_shape, accumulation(x));
+  Tensor stats = new_empty(op, x, stats_shape, accumulation(x));
 
-  args.x = data_of(x, "norm_forward", "x");
-  args.weight = weight ? data_of(*weight, "norm_forward", "weight") : nullptr;
-  args.bias = bias ? data_of(*bias, "norm_forward", "bias") : nullptr;
+  args.x = data_of(x, op, "x");
+  args.weight = weight ? data_of(*weight, op, "weight") : nullptr;
+  args.bias = bias ? data_of(*bias, op, "bias") : nullptr;
   args.y = y.mutable_data_ptr();
   args.stats = need_stats ? stats.mutable_data_ptr() : nullptr;
   args.rows = rows.count;
@@ -159,8 +175,8 @@ std::tuple<Tensor, Tensor> norm_forward(const Tensor& x, const std::optional<Ten
   args.eps = eps;
   args.rms = rms;
   args.cast = cast;
-  const char* const error = fused_norm::launch_norm_forward(args, x.get_device_index(), current_stream(x.get_device_index(), "norm_forward"));
-  STD_TORCH_CHECK(error == nullptr, "norm_forward: ", error, " (x ", text(x.sizes()), ", n = ", n, ", cuda:", x.get_device_index(), ")");
+  const char* const error = fused_norm::launch_norm_forward(args, x.get_device_index(), current_stream(x.get_device_index(), op));
+  STD_TORCH_CHECK(error == nullptr, op, ": ", error, " (x ", text(x.sizes()), ", n = ", n, ", cuda:", x.get_device_index(), ")");
   return {y, stats};
 }
 
@@ -199,8 +215,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& dy, const Tensor&
   const int32_t device = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const std::vector<int64_t> none{0}, sums{groups, n};
-  Tensor dx = need_dx ? torch::stable::new_empty(x, x.sizes()) : torch::stable::new_empty(x, none);
-  Tensor dw = torch::stable::new_empty(x, need_dw ? sums : none, param_dtype), db = torch::stable::new_empty(x, need_db ? sums : none, param_dtype);
+  Tensor dx = need_dx ? new_empty(op, x, x.sizes()) : new_empty(op, x, none);
+  Tensor dw = new_empty(op, x, need_dw ? sums : none, param_dtype), db = new_empty(op, x, need_db ? sums : none, param_dtype);
   args.dx = need_dx ? dx.mutable_data_ptr() : nullptr;
   args.dw = need_dw ? dw.mutable_data_ptr() : nullptr;
   args.db = need_db ? db.mutable_data_ptr() : nullptr;
@@ -216,7 +232,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& dy, const Tensor&
   std::optional<Tensor> scratch;
   if (const size_t bytes = fused_norm::norm_backward_scratch_bytes(args, device)) {
     const std::vector<int64_t> shape{static_cast<int64_t>(bytes)};
-    scratch = torch::stable::new_empty(x, shape, ScalarType::Byte);
+    scratch = new_empty(op, x, shape, ScalarType::Byte);
     args.scratch = scratch->mutable_data_ptr();
   }
   const char* const error = fused_norm::launch_norm_backward(args, device, current_stream(device, op));
@@ -283,16 +299,17 @@ fused_norm::Ticks check_ticks(const char* op, const Tensor& z, const Tensor& tar
 
 std::tuple<Tensor, Tensor> ticks_forward(const Tensor& z, const Tensor& target, const std::optional<Tensor>& weight, int64_t ignore_index,
                                          double smoothing, double ce, double ticks, double softcap) {
+  const char* const op = "ticks_forward";
   fused_norm::TicksForward args{};
-  args.ticks = check_ticks("ticks_forward", z, target, weight, ignore_index, smoothing, ce, ticks, softcap);
+  args.ticks = check_ticks(op, z, target, weight, ignore_index, smoothing, ce, ticks, softcap);
   const int32_t device = z.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const std::vector<int64_t> loss_shape{args.ticks.rows}, stats_shape{fused_norm::is_plain(args.ticks) ? 3 : 4, args.ticks.rows};
-  Tensor loss = torch::stable::new_empty(z, loss_shape, accumulation(z)), stats = torch::stable::new_empty(z, stats_shape, accumulation(z));
+  Tensor loss = new_empty(op, z, loss_shape, accumulation(z)), stats = new_empty(op, z, stats_shape, accumulation(z));
   args.loss = loss.mutable_data_ptr();
   args.stats = stats.mutable_data_ptr();
-  const char* const error = fused_norm::launch_ticks_forward(args, device, current_stream(device, "ticks_forward"));
-  STD_TORCH_CHECK(error == nullptr, "ticks_forward: ", error, " (z ", text(z.sizes()), ", cuda:", device, ")");
+  const char* const error = fused_norm::launch_ticks_forward(args, device, current_stream(device, op));
+  STD_TORCH_CHECK(error == nullptr, op, ": ", error, " (z ", text(z.sizes()), ", cuda:", device, ")");
   return {loss, stats};
 }
 
@@ -327,8 +344,8 @@ std::tuple<Tensor, Tensor> backward_of_ticks(const char* op, const Tensor& grad,
   const int32_t device = z.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const std::vector<int64_t> none{0}, all{rows, classes};
-  Tensor dz = torch::stable::new_empty(z, need_dz && !in_place ? all : none);
-  Tensor dtarget = torch::stable::new_empty(z, need_dtarget ? all : none, args.ticks.soft ? target.scalar_type() : z.scalar_type());
+  Tensor dz = new_empty(op, z, need_dz && !in_place ? all : none);
+  Tensor dtarget = new_empty(op, z, need_dtarget ? all : none, args.ticks.soft ? target.scalar_type() : z.scalar_type());
   args.dz = in_place ? z.mutable_data_ptr() : need_dz ? dz.mutable_data_ptr() : nullptr;
   args.dz_row_stride = in_place ? args.ticks.z_row_stride : classes;
   args.dtarget = need_dtarget ? dtarget.mutable_data_ptr() : nullptr;

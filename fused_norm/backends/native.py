@@ -158,6 +158,8 @@ if not _cpu_missing:
         try:
             return operator(*args)
         except RuntimeError as error:  # libtorch's stable ABI has no other
+            if type(error) is RuntimeError and "CUDA out of memory" in str(error):
+                raise torch.OutOfMemoryError(str(error)) from error
             found = re.search(r"target -?\d+ is out of range for \d+ classes", str(error))
             if not found:
                 raise
