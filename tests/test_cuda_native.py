@@ -130,6 +130,38 @@ def test_parameters_per_group() -> None:
 
 
 @pytest.mark.small
+@pytest.mark.parametrize("n", [64, 100, 768, 20000])
+def test_one_parameter_shared_and_one_per_group(n: int) -> None:
+    x, w, b = draw(4, n, (FP32, FP32))
+    ws, bs = torch.stack([w, w - 1]), torch.stack([b, b + 1])
+    for weight, bias in ((ws, b), (w, bs)):
+        y, _ = forward(x, weight, bias, groups=2)
+        for g in range(2):
+            own = (p if p.dim() == 1 else p[g] for p in (weight, bias))
+            assert_same_bits(y[2 * g : 2 * g + 2], forward(x[2 * g : 2 * g + 2], *own)[0])
+
+
+def test_no_memory_for_the_results_is_torchs_own_error() -> None:
+    if torch.torch_version.TorchVersion(torch.__version__) < (2, 13):
+        pytest.skip("before torch 2.13 the stable ABI does not tell the reason")
+    x = torch.randn(1, 1024, device=DEVICE).expand(1 << 30, 1024)
+    with pytest.raises(torch.OutOfMemoryError, match=r"norm_forward: no tensor of shape .*CUDA out of memory"):
+        forward(x)
+
+
+def test_every_device_with_code_says_so() -> None:
+    for device in range(torch.cuda.device_count()):
+        reason = native.cuda_reason(device)
+        with torch.cuda.device(device):
+            x = torch.randn(2, 64, device="cuda")
+            if reason is None:
+                assert forward(x)[0].isfinite().all()
+            else:
+                assert "it has no code for sm_" in reason and f"cuda:{device}" in reason
+    assert "invalid device" in native.cuda_reason(torch.cuda.device_count())
+
+
+@pytest.mark.small
 @pytest.mark.parametrize("n", [64, 100, 768, 9000])
 def test_nan_inf_and_constant_rows(n: int) -> None:
     x = torch.randn(5, n, device=DEVICE)

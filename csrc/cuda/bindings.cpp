@@ -9,6 +9,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <climits>
 #include <cstdint>
 #include <exception>
 #include <optional>
@@ -16,6 +17,7 @@
 #include <tuple>
 #include <vector>
 
+#include "device.h"
 #include "norm.h"
 #include "ticks.h"
 
@@ -380,7 +382,24 @@ STABLE_TORCH_LIBRARY_IMPL(fused_norm, CUDA, m) {
   m.impl("ticks_backward_inplace", TORCH_BOX(&ticks_backward_inplace));
 }
 
-// Importing the module is what registers the ops.
-static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+static PyObject* unavailable(PyObject*, PyObject* device) {
+  const long index = PyLong_AsLong(device);
+  if (index == -1 && PyErr_Occurred()) return nullptr;
+  // No device has an index outside int's range.
+  const int narrow = index < 0 || index > INT_MAX ? -1 : static_cast<int>(index);
+  std::string reason;
+  Py_BEGIN_ALLOW_THREADS  // the first question to a device makes its context, which takes a while
+  reason = fused_norm::cuda_unavailable(narrow);
+  Py_END_ALLOW_THREADS
+  return PyUnicode_FromStringAndSize(reason.data(), static_cast<Py_ssize_t>(reason.size()));
+}
+
+// Importing the module is what registers the ops; what it holds itself is asked of no tensor.
+static PyMethodDef methods[] = {
+    {"unavailable", unavailable, METH_O, "unavailable(device): the reason why the kernels cannot run on the device of that index, or ''."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 PyMODINIT_FUNC PyInit__C_cuda(void) { return PyModule_Create(&module); }

@@ -6,6 +6,7 @@ optional: without them this module imports all the same, and :func:`unavailable`
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 from pathlib import Path
@@ -50,7 +51,18 @@ def unavailable(device_type: str) -> str | None:
         return f"torch {torch.__version__} is built without CUDA"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
-    return None
+    return cuda_reason(torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
+
+
+@functools.cache
+def cuda_reason(device_index: int) -> str | None:
+    """None, or the reason the CUDA kernels cannot run on ``cuda:device_index``: the build may have no code for it.
+
+    The first question about a device makes its CUDA context.
+    """
+    if _cuda_missing:
+        return _cuda_missing
+    return importlib.import_module("fused_norm._C_cuda").unavailable(device_index) or None
 
 
 def cpu_capability() -> str | None:
