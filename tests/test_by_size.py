@@ -98,6 +98,7 @@ def recorded(monkeypatch):
     monkeypatch.setattr(by_size, "_serving", functools.cache(by_size._serving.__wrapped__))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability["now"])
     monkeypatch.setattr(dispatch, "_auto", lambda op, device_type: by_size)
+    monkeypatch.setattr(by_size.native, "cuda_reason", lambda index: None)
     return SimpleNamespace(seen=seen, capability=capability)
 
 
@@ -121,6 +122,13 @@ def test_the_choice_does_not_know_the_number_of_rows(recorded) -> None:
     for m in (1, 3, 4096):
         FF.layer_norm(torch.randn(m, 96), (96,))
     assert {name for _, name in recorded.seen} == {by_size.choose("norm_forward", 96, 4, 90)}
+
+
+def test_a_device_that_the_extension_has_no_code_for_is_tritons(recorded, monkeypatch) -> None:
+    monkeypatch.setattr(by_size.native, "cuda_reason", lambda index: "it has no code for sm_75")
+    FF.layer_norm(torch.randn(3, 96), (96,))
+    assert recorded.seen == [("norm_forward", "triton")]
+    assert by_size.choose("norm_forward", 96, 4, 90) == "native"
 
 
 def test_dispatch_chooses_it_on_cuda_where_both_can_run(monkeypatch) -> None:

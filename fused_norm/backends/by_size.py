@@ -33,7 +33,10 @@ def choose(function: str, n: int, element_size: int, capability: int) -> str:
 @functools.cache
 def _serving(function: str, n: int, element_size: int, device: torch.device):
     major, minor = torch.cuda.get_device_capability(device)
-    return getattr(_BACKENDS[choose(function, n, element_size, 10 * major + minor)], function)
+    name = choose(function, n, element_size, 10 * major + minor)
+    if name == "native" and native.cuda_reason(device.index):
+        name = "triton"  # the extension was built for other devices than this one
+    return getattr(_BACKENDS[name], function)
 
 
 def norm_forward(x, weight, bias, n, *args):
