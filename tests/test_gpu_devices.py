@@ -367,7 +367,9 @@ def test_memory_that_runs_out_leaves_nothing_behind(op: str, place: Place) -> No
                 return True
         except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
             if place.device != "cpu":
-                assert isinstance(error, torch.OutOfMemoryError), error
+                # Before torch 2.13 an extension by the stable ABI never learns what went wrong.
+                unnamed = place.backend == "native" and torch.__version__ < (2, 13)
+                assert isinstance(error, RuntimeError if unnamed else torch.OutOfMemoryError), error
             stages.append(stage)
         outputs = None
         assert allocated(place.device) == before
