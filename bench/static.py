@@ -96,15 +96,15 @@ def builds(kernel: str) -> list[tuple]:
 
 def accesses(ptx: str, kind: str) -> dict[str, int]:
     """How many loads (``ld``) or stores (``st``) of global memory there are of each width in bytes; as loads count the
-    copies of streams to shared memory too, those with an eviction hint."""
+    copies to shared memory too, but for those of 4 bytes, which are statistics'."""
     found: dict[str, int] = {}
     widths = [
         int(vector or 1) * int(bits) // 8
         for vector, bits in re.findall(rf"\b{kind}\.global\S*?(?:\.v(\d))?\.[bfu](\d+)\b", ptx)
     ]
     if kind == "ld":
-        copies = re.findall(r"cp\.async\.c[ag]\S*cache_hint \[[^]]*\], \[[^]]*\], (\w+)", ptx)
-        widths += [int(width, 0) for width in copies]
+        copies = re.findall(r"cp\.async\.c[ag]\S* \[[^]]*\], \[[^]]*\], (\w+)", ptx)
+        widths += [int(width, 0) for width in copies if int(width, 0) > 4]
     for width in map(str, widths):
         found[width] = found.get(width, 0) + 1
     return dict(sorted(found.items(), key=lambda item: -int(item[0])))
