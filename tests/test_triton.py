@@ -30,6 +30,7 @@ from triton_kernels import (  # noqa: E402
     Traffic,
     assert_64_bit_offsets,
     assert_no_spills,
+    in_turn,
     interpreter_as_hardware,  # noqa: F401
     laid_out,
     launches_made_anew,  # noqa: F401
@@ -1083,7 +1084,7 @@ SM_90_BUILDS += [Build("double_backward", 4096, 2), Build("double_backward", 655
 @needs_compiler
 @pytest.mark.parametrize(
     "target, build",
-    [(target, build) for target in TARGETS for build in BUILDS] + [("sm_90", build) for build in SM_90_BUILDS],
+    in_turn(BUILDS) + [("sm_90", build) for build in SM_90_BUILDS],
     ids=str,
 )
 def test_compiles_without_spills(build: Build, target: str, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from triton_kernels import (  # noqa: E402
     Traffic,
     assert_64_bit_offsets,
     assert_no_spills,
+    in_turn,
     interpreter_as_hardware,  # noqa: F401
     laid_out,
     launches_made_anew,  # noqa: F401
@@ -782,7 +783,7 @@ SPILLS_UNDER_TRITON_3_7 = ("backward-8192-4/4-pre", "backward-8192-2/4-p-pre", "
 @needs_compiler
 @pytest.mark.parametrize(
     "target, build",
-    [(target, build) for target in TARGETS for build in BUILDS] + [("sm_100", build) for build in MORE_BUILDS],
+    in_turn(BUILDS) + [("sm_100", build) for build in MORE_BUILDS],
     ids=str,
 )
 def test_compiles_without_spills(build: Build, target: str, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import itertools
 import os
 import re
 import subprocess
@@ -193,6 +194,14 @@ TARGETS = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
+
+
+def in_turn(builds: list) -> list[tuple]:
+    """(target, build) of every build for one of the targets. All for all would take minutes; of what matters most the
+    static report has them (bench/static.py), and tests/test_static.py holds it to these sources."""
+    return list(zip(itertools.cycle(TARGETS), builds, strict=False))
+
+
 #: Bytes of shared memory of a multiprocessor, as torch tells them (0: launch.py takes none of it for granted).
 SHARED_MEMORY = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}
 ELEMENT = {8: "fp64", 4: "fp32", 2: "bf16"}
