@@ -66,12 +66,15 @@ class Candidate:
         return " ".join([PRESENT, *words, *([f"parts={self.parts}"] if self.parts else [])])
 
 
-def candidates(pass_name: str, n: int, element_size: int) -> list[Candidate]:
-    """Launches around the present one, which comes first: half and twice of each number, whole rows and looped."""
+def candidates(pass_name: str, n: int, element_size: int, **device: int) -> list[Candidate]:
+    """Launches around the present one, which comes first: half and twice of each number, whole rows and looped.
+
+    ``device`` is what the present choice knows of a device: ``warp_size`` and ``shared_memory``.
+    """
     from fused_norm.backends.triton import launch
 
     forward = pass_name == "forward"
-    choose = launch.forward_launch if forward else launch.backward_launch
+    choose = partial(launch.forward_launch if forward else launch.backward_launch, **device)
     now = choose(n, element_size)
     whole = 1 << (n - 1).bit_length()
     changes: list[dict[str, object]] = []
@@ -151,16 +154,24 @@ class Tuned:
         return f"{self.case.op.name} {self.pass_name} {self.case.dtype} {shape_text(self.case.shape)}"
 
 
-def tuned(op: Op, pass_name: str, dtype: str, shape: tuple[int, ...], cache: str) -> Tuned:
+def known_of(device: torch.device) -> dict[str, int]:
+    from fused_norm.backends.triton import common
+
+    return {"warp_size": common.warp_size(device), "shared_memory": common.shared_memory(device)}
+
+
+def tuned(
+    op: Op, pass_name: str, dtype: str, shape: tuple[int, ...], cache: str, device: dict[str, int] | None = None
+) -> Tuned:
     everyone = [Provider(NATIVE, lambda: op.fused, context=partial(fused_norm.use_backend, "native"))]
     tried = [Candidate()]
     if op.group == "norms":
-        tried = candidates(pass_name, shape[1], DTYPES[dtype].itemsize)
+        tried = candidates(pass_name, shape[1], DTYPES[dtype].itemsize, **(device or {}))
     everyone += [Provider(c.name, lambda: op.fused, context=Launched(pass_name, c)) for c in tried]
     return Tuned(run.Case(replace(op, providers={p.name: p for p in everyone}), dtype, shape, cache), pass_name)
 
 
-def plan(args: argparse.Namespace, cache: str) -> list[Tuned]:
+def plan(args: argparse.Namespace, cache: str, device: dict[str, int] | None = None) -> list[Tuned]:
     """The cases, by width: what a run cut short has done, it has done for both dtypes and passes."""
     norm, ticks = OPS["layer_norm"], OPS["ticks_cross_entropy"]
     cases = []
@@ -170,7 +181,7 @@ def plan(args: argparse.Namespace, cache: str) -> list[Tuned]:
             cases += [(norm, at, dtype, (m, n)) for dtype in args.dtype for at in PASSES]
     for v in args.classes:
         cases += [(ticks, at, dtype, (args.rows, v)) for dtype in args.dtype for at in PASSES]
-    return [tuned(*case, cache) for case in cases]
+    return [tuned(*case, cache, device) for case in cases]
 
 
 def available(device: torch.device) -> dict[str, str | None]:
@@ -278,6 +289,11 @@ def proposals(rows: Iterable[Row]) -> list[dict[str, object]]:
     return found
 
 
+def broken(row: Row) -> bool:
+    """A wrong answer, or one that failed to come; a launch that was only tried may be more than a device can hold."""
+    return row.status == "wrong" or (row.status == "error" and row.provider in (NATIVE, PRESENT))
+
+
 def markdown(found: list[dict[str, object]]) -> str:
     lines = ["| case | native ms | triton ms | serve by | fastest launch | its ms | of the roof | present is behind |"]
     lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
@@ -331,7 +347,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"tune: triton: {missing['triton']}", file=sys.stderr)
         return run.REFUSED
     args.cache, args.json = timing.DEFAULT_CACHE[device.type], False
-    cases = plan(args, args.cache)
+    cases = plan(args, args.cache, known_of(device))
     if args.prepare is not None:
         compile_only(cases, args.prepare, device, missing)
         return 0
@@ -356,7 +372,7 @@ def main(argv: list[str] | None = None) -> int:
     print(markdown(found))
     if interrupted:
         return run.INTERRUPTED
-    return int(not finished or any(p["failed"] for p in found))
+    return int(not finished or any(broken(r) for r in sink.rows))
 
 
 if __name__ == "__main__":
