@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import itertools
 import json
 import os
 import subprocess
@@ -224,7 +223,7 @@ def test_proposals(tune):
 def test_the_script_in_the_interpreter(tmp_path):
     """Every row is on disk, a file that was cut short goes on, and the proposal is written."""
     out = tmp_path / "tune.jsonl"
-    options = ["--device", "cpu", "--n", "64", "--elements", "256", "--classes", "12", "--rows", "3", "--dtype", "fp32"]
+    options = ["--device", "cpu", "--n", "64", "--elements", "256", "--classes", "", "--dtype", "fp32"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
 
     def call(*more: str) -> subprocess.CompletedProcess:
@@ -238,7 +237,7 @@ def test_the_script_in_the_interpreter(tmp_path):
     def finish() -> None:
         """As often as it takes: a run out of time says so, and the next goes on."""
         for _ in range(20):
-            done = call("--seconds", "4")
+            done = call("--seconds", "6")
             if done.returncode == 0:
                 return
             assert done.returncode == 1 and not results.read(out).finished, done.stdout + done.stderr
@@ -251,12 +250,11 @@ def test_the_script_in_the_interpreter(tmp_path):
     for r in whole.rows:
         names[r.op, r.pass_name].append(r.provider)
         assert r.status == "ok" and r.ms > 0 and r.vs_copy > 0, r
-    ops, passes = ("layer_norm", "ticks_cross_entropy"), ("forward", "backward")
-    assert whole.finished and set(names) == set(itertools.product(ops, passes))
+    assert whole.finished and set(names) == {("layer_norm", "forward"), ("layer_norm", "backward")}
     assert all(("native" in found) == native and "triton" in found for found in names.values())
     assert len(names["layer_norm", "backward"]) > len(names["layer_norm", "forward"]) > 5
     proposals = json.loads(out.with_suffix(".json").read_text())
-    assert len(proposals) == 4 and "| layer_norm forward fp32 4x64 |" in out.with_suffix(".md").read_text()
+    assert len(proposals) == 2 and "| layer_norm forward fp32 4x64 |" in out.with_suffix(".md").read_text()
     # One case's last row is lost, and half of the next line.
     lines = out.read_text().splitlines(keepends=True)
     lost = next(i for i, line in enumerate(lines) if '"pass": "backward"' in line)
