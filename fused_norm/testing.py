@@ -611,8 +611,11 @@ class _Run:
                 # It is no worse than itself, within reason: on a CPU it sums fp32 dw and db of bf16 input in bf16.
                 own = error_limit(t, dtype, min(done.torch_error, TORCH_ROUNDINGS * _rounding(t, dtype)))
                 done = replace(done, limit=max(done.limit, own))
-            if self.check.interpreted and a.dtype == torch.bfloat16:
-                done = replace(done, limit=INTERPRETER_FACTOR * done.limit)
+            if self.check.interpreted and dtype == torch.bfloat16:
+                if self.op.parts:  # their sum is rounded to bf16, which fp32 dw and db tell of
+                    done = replace(done, limit=max(done.limit, error_limit(t, dtype, 0.0)))
+                if self.op.parts or a.dtype == dtype:
+                    done = replace(done, limit=INTERPRETER_FACTOR * done.limit)
             yield done
 
     def vjp(self) -> Iterator[Comparison]:
