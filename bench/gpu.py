@@ -61,6 +61,7 @@ KERNEL_TEST_FILES = (
     "tests/test_triton_add_norm.py",
     "tests/test_triton_ticks.py",
     "tests/test_cuda_native.py",
+    "tests/test_cuda_norm_backward.py",
     "tests/test_cuda_ticks.py",
 )
 
@@ -68,7 +69,8 @@ KERNEL_TEST_FILES = (
 ALONE_TEST_FILE = "tests/test_gpu_devices.py"
 
 #: Test files whose small tests run under the sanitizers. The first calls every kernel by every path.
-SANITIZED_TEST_FILES = tuple(f for f in KERNEL_TEST_FILES if f != "tests/test_triton_add_norm.py")
+_UNSANITIZED = ("tests/test_triton_add_norm.py", "tests/test_cuda_norm_backward.py")  # it has their kernels
+SANITIZED_TEST_FILES = tuple(f for f in KERNEL_TEST_FILES if f not in _UNSANITIZED)
 
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
@@ -326,8 +328,14 @@ def tune_steps(out: Path, side: int) -> list[Step]:
     return [*steps, Step("tune", command, weight=3.0)]
 
 
+def built() -> bool:
+    """Whether the CUDA extension is there, and no older than its sources."""
+    made = [f.stat().st_mtime for f in (ROOT / "fused_norm").glob("_C_cuda*.so")]
+    return bool(made) and max(made) >= max((f.stat().st_mtime for f in (ROOT / "csrc").rglob("*.*")), default=0.0)
+
+
 def sections(out: Path, chosen: list[str]) -> dict[str, Callable[[], list[Step]]]:
-    """The steps of each chosen section. One that runs without ``build`` builds first if nothing was built yet."""
+    """The steps of each chosen section. Without ``build`` the first builds before, if nothing was built of these sources."""
     steps: dict[str, Callable[[], list[Step]]] = {
         "build": build_steps,
         "test": lambda: test_steps(workers()),
@@ -336,7 +344,7 @@ def sections(out: Path, chosen: list[str]) -> dict[str, Callable[[], list[Step]]
         "bench": lambda: bench_steps(out),
         "tune": lambda: tune_steps(out, workers()),
     }
-    if "build" not in chosen and not any((ROOT / "fused_norm").glob("_C_cuda*.so")):
+    if "build" not in chosen and not built():
         first = chosen[0]
         rest = steps[first]
         steps[first] = lambda: build_steps() + rest()

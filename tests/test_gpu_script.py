@@ -202,6 +202,11 @@ def test_a_section_alone_builds_first_where_nothing_is_built(gpu, tmp_path, monk
     assert names("gradcheck") == ["build", "check"] and names("build", "gradcheck") == ["check"]
     (tmp_path / "fused_norm" / "_C_cuda.abi3.so").touch()
     assert names("gradcheck") == ["check"]
+    (tmp_path / "csrc" / "cuda").mkdir(parents=True)
+    newer = tmp_path / "csrc" / "cuda" / "norm.h"
+    newer.touch()
+    os.utime(newer, (time.time() + 9, time.time() + 9))
+    assert names("gradcheck") == ["build", "check"]
 
 
 # --------------------------------------------------------------------------------------------------------- side by side
