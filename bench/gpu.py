@@ -335,7 +335,7 @@ def built() -> bool:
 
 
 def sections(out: Path, chosen: list[str]) -> dict[str, Callable[[], list[Step]]]:
-    """The steps of each chosen section. Without ``build`` the first builds before, if nothing was built of these sources."""
+    """The steps of each chosen section. Without ``build`` the first builds before, if these sources were not built."""
     steps: dict[str, Callable[[], list[Step]]] = {
         "build": build_steps,
         "test": lambda: test_steps(workers()),
