@@ -341,6 +341,8 @@ def test_the_kernels_are_all_that_the_sources_have(gpu):
     assert sum(text.count("__global__") for text in texts) <= len(found)
     for text in texts:
         for declared in re.findall(r"__global__(.*?)\{", text, re.DOTALL):
+            if declared.split() == ["void", "probe()"]:
+                continue  # of device.cu: it is asked for and never launched
             assert any(f"{name}(" in declared for name in found), declared
     jitted = set()
     for file in (ROOT / "fused_norm" / "backends" / "triton").glob("*.py"):
