@@ -237,15 +237,15 @@ def widest_access(ptx: str, kind: str, bits: int) -> int:
 def streams(ptx: str) -> list[int]:
     """The bytes of each access to a stream: loads and copies to shared memory with an eviction hint.
 
-    Some versions of Triton (3.7) drop a copy's hint. Then all copies count, but for those of statistics (4 bytes) where
-    there are wider ones.
+    Some versions of Triton (3.7) drop a copy's hint. Then those past the first cache count, which are 16 bytes wide, and
+    where there are none all of them.
     """
     loads = re.findall(r"ld\.global\.L1::evict_first\S*?(?:\.v(\d))?\.[bfu](\d+)\b", ptx)
     widths = [int(vector or 1) * int(bits) // 8 for vector, bits in loads]
-    copies = re.findall(r"cp\.async\.c[ag]\S*?(cache_hint)? \[[^]]*\], \[[^]]*\], (\w+)", ptx)
-    hinted = [int(width, 0) for hint, width in copies if hint]
-    every = [int(width, 0) for _, width in copies]
-    return widths + (hinted or [width for width in every if width > 4] or every)
+    copies = re.findall(r"cp\.async\.(c[ag])\S*?(cache_hint)? \[[^]]*\], \[[^]]*\], (\w+)", ptx)
+    hinted = [int(width, 0) for _, hint, width in copies if hint]
+    past_first = [int(width, 0) for kind, _, width in copies if kind == "cg"]
+    return widths + (hinted or past_first or [int(width, 0) for _, _, width in copies])
 
 
 def reductions(kernel) -> list[str]:
