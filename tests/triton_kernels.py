@@ -237,7 +237,7 @@ def widest_access(ptx: str, kind: str, bits: int) -> int:
 def streams(ptx: str) -> list[int]:
     """The bytes of each access to a stream: loads and copies to shared memory with an eviction hint.
 
-    Some versions of Triton (3.7) drop a copy's hint. Then those past the first cache count, which are 16 bytes wide, and
+    Some versions of Triton (3.7) drop a copy's hint. Then those past the first cache count, which are 16 bytes wide, or
     where there are none all of them.
     """
     loads = re.findall(r"ld\.global\.L1::evict_first\S*?(?:\.v(\d))?\.[bfu](\d+)\b", ptx)
