@@ -89,8 +89,9 @@ def forward_launch(
     """
     if n > FORWARD_WHOLE_ROW[element_size]:
         # 512 threads of 16 values, 32 to 64 registers: two programs share a multiprocessor, so that one loads while the
-        # other reduces.
-        config = NormLaunch(rows=1, block_n=8192, num_warps=512 // warp_size, looped=True)
+        # other reduces. In fp32 8 values, which leave room for a mask.
+        block_n = 4096 if element_size == 4 else 8192
+        config = NormLaunch(rows=1, block_n=block_n, num_warps=512 // warp_size, looped=True)
         if element_size == 8 or dropout:
             return config
         return replace(config, stages=_stages(config, n, tensors * element_size, warp_size, shared_memory, 1024))
