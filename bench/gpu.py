@@ -521,6 +521,11 @@ def summary(outcomes: list[Outcome], out: Path, title: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    def seconds(text: str) -> float:
+        if not 0 < float(text) < float("inf"):
+            raise ValueError
+        return float(text)
+
     parser = argparse.ArgumentParser(prog="make gpu", description="Prove a GPU, and write a result folder.")
     parser.add_argument("--section", choices=SECTIONS, help="one section alone; all of them by default")
     parser.add_argument(
@@ -529,7 +534,7 @@ def main(argv: list[str] | None = None) -> int:
         help="the result folder; gpu_results/<device>-<date> by default. One that exists keeps what it has of other"
         " sections",
     )
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="time for everything, shared by the sections")
+    parser.add_argument("--budget", type=seconds, metavar="SECONDS", help="time for everything, shared by the sections")
     args = parser.parse_args(argv)
     try:
         import torch

@@ -313,8 +313,23 @@ def markdown(found: list[dict[str, object]]) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    def seconds(text: str) -> float:
+        if not 0 < float(text) < float("inf"):
+            raise ValueError
+        return float(text)
+
+    def number(text: str) -> int:
+        if int(text) < 1:
+            raise ValueError
+        return int(text)
+
     def numbers(text: str) -> list[int]:
-        return [int(part) for part in text.split(",") if part]
+        return [number(part) for part in text.split(",") if part]
+
+    def dtypes(text: str) -> list[str]:
+        if unknown := set(text.split(",")) - DTYPES.keys():
+            raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))} is none of {', '.join(DTYPES)}")
+        return text.split(",")
 
     def part(text: str) -> tuple[int, int]:
         i, n = map(int, text.split("/"))
@@ -324,13 +339,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     p = argparse.ArgumentParser(prog="tune", description="Measure launches, and propose the fastest.")
     p.add_argument("--output", type=Path, default=Path("runs") / "tune.jsonl", metavar="FILE.jsonl")
-    p.add_argument("--seconds", type=float, help=f"time for everything; by default {run.PASS_S:.0f} s a case")
+    p.add_argument("--seconds", type=seconds, help=f"time for everything; by default {run.PASS_S:.0f} s a case")
     p.add_argument("--prepare", type=part, metavar="I/N", help="only compile the I-th part of N of what is to be tried")
     p.add_argument("--n", type=numbers, default=list(COLUMNS), help="columns of the norms")
-    p.add_argument("--elements", type=int, default=ELEMENTS, help="of a norm's input; rows follow")
+    p.add_argument("--elements", type=number, default=ELEMENTS, help="of a norm's input; rows follow")
     p.add_argument("--classes", type=numbers, default=list(CLASSES), help="of the ticks loss")
-    p.add_argument("--rows", type=int, default=LOGITS_ROWS, help="of its logits")
-    p.add_argument("--dtype", type=lambda text: text.split(","), default=["fp32", "bf16"])
+    p.add_argument("--rows", type=number, default=LOGITS_ROWS, help="of its logits")
+    p.add_argument("--dtype", type=dtypes, default=["fp32", "bf16"])
     p.add_argument("--device", default="cuda", help="cuda; cpu in Triton's interpreter, to try this script")
     return p.parse_args(argv)
 

@@ -127,6 +127,9 @@ def _add_norm(public, rms, x, residual, shape, weight, bias, eps, p, cast) -> tu
         backend = dispatch.select("norm", "cpu" if x.is_cpu else x.device.type)
         if backend is not None:
             return _run(rms, x, residual, weight, bias, _new_seed(x) if p else None, n, eps, p, cast, backend)
+    for name, t in (("input", x), ("residual", residual)):
+        if not isinstance(t, Tensor) and not has_torch_function((t,)):
+            raise TypeError(f"{public.__name__}(): argument '{name}' must be Tensor, not {type(t).__name__}")
     if any(t is not None and type(t) not in PLAIN for t in tensors) or any(
         t.layout is not torch.strided or t.is_nested for t in (x, residual)
     ):

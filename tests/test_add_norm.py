@@ -348,6 +348,17 @@ def test_what_is_saved(op: str, place) -> None:
 
 
 @both_ops
+@pytest.mark.parametrize("wrong", [None, 1.0, "x"])
+def test_what_is_no_tensor(op: str, wrong: object) -> None:
+    """As torch's own: a TypeError with the argument and its type."""
+    x = torch.randn(2, 4)
+    call = FF.add_layer_norm if op == "layer_norm" else FF.add_rms_norm
+    for args, name in (((wrong, x), "input"), ((x, wrong), "residual")):
+        with pytest.raises(TypeError, match=f"{call.__name__}.*'{name}' must be Tensor, not {type(wrong).__name__}"):
+            call(*args, (4,))
+
+
+@both_ops
 def test_probabilities_at_the_ends(op: str, place) -> None:
     x, r, params = _inputs(op, 6, 32, torch.float64, place.device)
     leaves = [leaf(x), leaf(r)]

@@ -56,6 +56,13 @@ def test_without_a_gpu_it_says_so_in_a_sentence_and_exits_2(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("budget", ["-1", "0", "inf", "nan"])
+def test_a_budget_that_is_none_is_named(gpu, budget, capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["--budget", budget])
+    assert f"--budget: invalid seconds value: '{budget}'" in capsys.readouterr().err
+
+
 def test_no_section_is_lost_to_another(gpu, tmp_path):
     reports = []
 

@@ -938,10 +938,17 @@ def test_without_triton() -> None:
         import os, sys
         sys.modules["triton"] = None
         from fused_norm.backends import triton as backend
-        os.environ["TRITON_INTERPRET"] = "1"
-        assert "triton cannot be imported" in backend.unavailable("cpu"), backend.unavailable("cpu")
+        assert backend.unavailable("cpu") == backend.unavailable("cuda") == "triton is not installed"
     """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_broken_triton_says_what_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "triton.py").write_text("raise OSError('libcuda is of another age')")
+    code = "from fused_norm.backends import triton as b; print(b.unavailable('cpu'))"
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(tmp_path)}
+    out = subprocess.run([sys.executable, "-c", code], check=True, env=env, capture_output=True, text=True).stdout
+    assert out == "triton cannot be imported: OSError: libcuda is of another age\n"
 
 
 def test_importing_the_backend_imports_no_triton() -> None:

@@ -36,6 +36,14 @@ def tune():
     return module
 
 
+@pytest.mark.parametrize("option", ["--seconds=-3", "--seconds=nan", "--n=0", "--rows=-1", "--dtype=fp32,foo"])
+def test_options_that_make_no_sense_are_named(tune, option, capsys):
+    with pytest.raises(SystemExit):
+        tune.parse([option])
+    name, value = option.split("=")
+    assert name in (err := capsys.readouterr().err) and value.removeprefix("fp32,") in err
+
+
 # ----------------------------------------------------------------------------------------------------------- candidates
 
 

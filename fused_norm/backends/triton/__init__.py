@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable
 
@@ -20,6 +21,8 @@ from torch import Tensor
 
 def unavailable(device_type: str) -> str | None:
     """None if this backend can serve ``device_type`` on this machine, else the reason why not."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
     if device_type == "cpu":
         if os.environ.get("TRITON_INTERPRET") != "1":
             return (
