@@ -352,7 +352,7 @@ def test_what_is_saved(op: str, place) -> None:
 def test_what_is_no_tensor(op: str, wrong: object) -> None:
     """As torch's own: a TypeError with the argument and its type."""
     x = torch.randn(2, 4)
-    call = FF.add_layer_norm if op == "layer_norm" else FF.add_rms_norm
+    call = getattr(FF, op)
     for args, name in (((wrong, x), "input"), ((x, wrong), "residual")):
         with pytest.raises(TypeError, match=f"{call.__name__}.*'{name}' must be Tensor, not {type(wrong).__name__}"):
             call(*args, (4,))
