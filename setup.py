@@ -46,10 +46,11 @@ CXX_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-
 KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c", "-mprfchw"]
 AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw"]
+#: By the end of a source's name.
 X86_FLAGS = {
-    "kernels_avx2.cpp": [*AVX2_FLAGS, "-DCPU_CAPABILITY_AVX2"],
+    "avx2": [*AVX2_FLAGS, "-DCPU_CAPABILITY_AVX2"],
     # GCC 12's own AVX-512 header trips these two warnings.
-    "kernels_avx512.cpp": [
+    "avx512": [
         *AVX512_FLAGS,
         "-DCPU_CAPABILITY_AVX512",
         "-Wno-uninitialized",
@@ -159,7 +160,7 @@ def plan(mode: str) -> tuple[list[Extension], list[str]]:
     if mode == "off":
         return [], ["the native extension was not built: FUSED_NORM_BUILD=off"]
     limited = not sysconfig.get_config_var("Py_GIL_DISABLED")
-    kernels = [path for path in relative_glob("csrc/cpu/*.cpp") if is_x86() or Path(path).name not in X86_FLAGS]
+    kernels = [path for path in relative_glob("csrc/cpu/*.cpp") if is_x86() or instructions(path) not in X86_FLAGS]
     wanted = [("fused_norm._C", "CPU", ["csrc/ops.cpp", "csrc/ops_ticks.cpp", "csrc/python.cpp", *kernels], check_cpu)]
     if mode != "cpu":
         sources = [*relative_glob("csrc/cuda/*.cu"), "csrc/cuda/bindings.cpp"]
@@ -177,6 +178,11 @@ def plan(mode: str) -> tuple[list[Extension], list[str]]:
         else:
             extensions.append(Extension(name, sources, py_limited_api=limited, optional=mode == "auto"))
     return extensions, notes
+
+
+def instructions(source: str) -> str:
+    """The instruction set that a source of CPU kernels is for: backward_avx2.cpp's is avx2."""
+    return Path(source).stem.rpartition("_")[2]
 
 
 def relative_glob(pattern: str) -> list[str]:
@@ -248,7 +254,8 @@ class BuildExt(build_ext):
             raise CannotBuild(f"MAX_JOBS is {jobs!r}, expected a number of at least 1")
         with ThreadPoolExecutor(int(jobs)) as pool:
             # Slowest first. `any` over a list, not a generator: each result is asked for, so that each error is seen.
-            order = sorted(commands, key=lambda target: not target.name.startswith("kernels"))
+            slow = ("backward", "kernels", "norm")
+            order = sorted(commands, key=lambda target: not target.name.startswith(slow))
             compiled = any(list(pool.map(lambda target: compile_if_stale(target, commands[target]), order)))
 
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -273,11 +280,10 @@ class BuildExt(build_ext):
             compiler = [str(cuda / "bin/nvcc"), "-ccbin", find_cxx()[0]]
             return [*compiler, *flags, "-MD", "-MF", depfile, "-c", source, "-o", str(target)]
         flags = list(CXX_FLAGS)
-        name = Path(source).name
         if source.startswith("csrc/cpu/"):
             flags += KERNEL_FLAGS
             if is_x86():
-                flags += ["-DFUSED_NORM_X86", *X86_FLAGS.get(name, [])]
+                flags += ["-DFUSED_NORM_X86", *X86_FLAGS.get(instructions(source), [])]
         else:
             flags += [*STABLE_ABI_FLAGS, f"-I{find_python_headers()}", f"-isystem{torch_dir / 'include'}"]
             flags += [f"-isystem{cuda / 'include'}"] if cuda else []

@@ -153,7 +153,7 @@ Chunks chunks_of(const Rows& rows) {
 Tensor reduce(const Tensor& partial, const Rows& rows, int64_t groups, int64_t chunks, Dtype out_dtype) {
   Tensor out = empty({groups, rows.n}, out_dtype);
   const ReducePartials a{partial.const_data_ptr(), out.mutable_data_ptr(), rows.n, chunks};
-  const Kernels& k = kernels();
+  const BackwardKernels& k = *kernels().backward;
   // Blocks of a few columns walk down the partial rows; a block's bounds do not depend on the number of threads.
   constexpr int64_t kColumns = 1024;
   const int64_t blocks = ceil_div(rows.n, kColumns);
@@ -210,7 +210,7 @@ std::tuple<Tensor, Tensor> run_backward(
   Tensor db_partial = empty({need_db ? groups * chunks.per_group : 0, n}, acc);
   a.dw_partial = sums_dw ? dw_partial.mutable_data_ptr() : nullptr;
   a.db_partial = need_db ? db_partial.mutable_data_ptr() : nullptr;
-  const Kernels& k = kernels();
+  const BackwardKernels& k = *kernels().backward;
   if (a.share) {
     k.norm_backward(rows.dtype, weight_dtype, rms, a, 0, groups * chunks.per_group);
   } else {
@@ -286,7 +286,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_double_backward(
   a.grad_x = need_dx ? grad_x.mutable_data_ptr() : nullptr;
   a.grad_w_partial = need_dw ? partial.mutable_data_ptr() : nullptr;
   if (need_ddy || need_dx || need_dw) {
-    const Kernels& k = kernels();
+    const BackwardKernels& k = *kernels().backward;
     parallel(groups * chunks.per_group, chunks.rows * n, [&](int64_t begin, int64_t end) {
       k.norm_double_backward(rows.dtype, param, rms, a, begin, end);
     });

@@ -165,17 +165,21 @@ struct TicksBackward {
   double softcap;
 };
 
-// `dtype` is x's, `weight_dtype` the weight's and bias's: x's own, or f32 for bf16 and f16 x.
-struct Kernels {
-  const char* name;
-  // rows [begin, end)
-  void (*norm_forward)(Dtype dtype, Dtype weight_dtype, bool rms, const NormForward&, int64_t begin, int64_t end);
-  // chunks [begin, end), counted over all groups
+// Of backward, in a source of their own: the compiler takes its time over them.
+struct BackwardKernels {
+  // chunks [begin, end), counted over all groups; `dtype` is x's, `weight_dtype` as for forward
   void (*norm_backward)(Dtype dtype, Dtype weight_dtype, bool rms, const NormBackward&, int64_t begin, int64_t end);
   // chunks [begin, end), counted over all groups; `param_dtype` is that of weight, ddw and ddb
   void (*norm_double_backward)(Dtype dtype, Dtype param_dtype, bool rms, const NormDoubleBackward&, int64_t begin, int64_t end);
   // columns [begin, end) of group g
   void (*reduce_partials)(Dtype dtype, Dtype out_dtype, const ReducePartials&, int64_t group, int64_t begin, int64_t end);
+};
+
+struct Kernels {
+  const char* name;
+  // rows [begin, end); `dtype` is x's, `weight_dtype` the weight's and bias's: x's own, or f32 for bf16 and f16 x
+  void (*norm_forward)(Dtype dtype, Dtype weight_dtype, bool rms, const NormForward&, int64_t begin, int64_t end);
+  const BackwardKernels* backward;
   // rows [begin, end); `dtype` is z's, `target_dtype` that of class probabilities: z's own, or f32 for bf16 and f16 z
   void (*ticks_forward)(Dtype dtype, Dtype target_dtype, const TicksForward&, int64_t begin, int64_t end);
   // chunks [begin, end), counted over all rows
@@ -185,9 +189,10 @@ struct Kernels {
 };
 
 extern const Kernels kernels_default;
+extern const BackwardKernels backward_default;
 #ifdef FUSED_NORM_X86
-extern const Kernels kernels_avx2;
-extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx2, kernels_avx512;
+extern const BackwardKernels backward_avx2, backward_avx512;
 #endif
 
 // The table in use. Chosen once at load: the best this machine has, or less if ATEN_CPU_CAPABILITY asks for less.
