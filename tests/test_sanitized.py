@@ -12,7 +12,7 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -271,12 +271,14 @@ _seen: dict[str, dict[str, set[bool]]] = defaultdict(lambda: defaultdict(set))
 
 
 @pytest.fixture(autouse=True, scope="module")
-def seen_by_the_interpreter() -> None:
+def seen_by_the_interpreter(request: pytest.FixtureRequest) -> None:
+    """What calls were made; and the interpreter asserts that no sum or product of 32-bit integers overflows."""
     if not INTERPRETED:
         yield
         return
-    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.interpreter import InterpretedFunction, interpreter_builder
 
+    request.getfixturevalue("interpreter_as_hardware")  # which has options of its own
     run = InterpretedFunction.run
 
     def seeing(self, *args, **options):
@@ -290,6 +292,9 @@ def seen_by_the_interpreter() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterpretedFunction, "run", seeing)
+        patch.setattr(
+            interpreter_builder, "options", replace(interpreter_builder.options, sanitize_overflow=True, debug=True)
+        )
         yield
 
 

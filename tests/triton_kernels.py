@@ -19,6 +19,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,8 +88,9 @@ def remember_places(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pyte
 def interpreter_as_hardware() -> Iterator[None]:
     """The interpreter truncates fp32 to bf16 where hardware rounds to nearest: give it the hardware's conversion.
 
-    Also let a helper's call not patch the language once more, which took half the time of these tests, and let the
-    interpreter of triton 3.6 loop over a range of tensors under NumPy 2.4.
+    Also spare it what took half of these tests' time: to patch the language anew at every call, to make a table of
+    dtypes for each number, and to see whether integers overflow without telling (test_sanitized.py lets it tell). And
+    let the interpreter of triton 3.6 loop over a range of tensors under NumPy 2.4.
     """
     if not (INTERPRETED and RUNS_HERE):
         yield
@@ -98,8 +100,10 @@ def interpreter_as_hardware() -> Iterator[None]:
     from triton.runtime import interpreter
 
     cast_impl = interpreter.InterpreterBuilder.cast_impl
-    patch_builtin, patch_tensor = interpreter._patch_builtin, interpreter._patch_lang_tensor
-    a_builtin: dict[object, str | None] = {}
+    patch_tensor, patch_lang = interpreter._patch_lang_tensor, interpreter._patch_lang
+    np_dtype, options = interpreter._get_np_dtype, interpreter.interpreter_builder.options
+    np_dtype_of_numbers = functools.cache(np_dtype)
+    scopes: dict = {}  # by the globals that say which of the language's modules a function sees
 
     def rounding_cast(self, src, dst_type):
         if src.dtype.scalar != tl.float32 or dst_type.scalar != tl.bfloat16:
@@ -107,23 +111,27 @@ def interpreter_as_hardware() -> Iterator[None]:
         rounded = torch.from_numpy(numpy.ascontiguousarray(src.data)).bfloat16().view(torch.int16).numpy()
         return interpreter.TensorHandle(rounded.view(numpy.uint16).reshape(src.data.shape), dst_type.scalar)
 
-    def patch_once(namespace, *args):
-        if namespace not in a_builtin:
-            # None: a helper's call leaves patched for good what its kernel did not patch, here an earlier module's.
-            a_builtin[namespace] = next((k for k, v in vars(namespace).items() if tl.core.is_builtin(v)), None)
-        name = a_builtin[namespace]
-        if name is not None and tl.core.is_builtin(getattr(namespace, name)):  # not patched yet
-            patch_builtin(namespace, *args)
-
     def patch_tensor_with_index(tensor, scope):
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
+    def patch_once(fn):
+        if id(fn.__globals__) not in scopes:
+            scopes[id(fn.__globals__)] = patch_lang(fn)
+        return interpreter._LangPatchScope()  # of nothing
+
+    def np_dtype_cached(ty):
+        return np_dtype(ty) if ty.scalar.is_ptr() else np_dtype_of_numbers(ty.scalar)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter.InterpreterBuilder, "cast_impl", rounding_cast)
-        patch.setattr(interpreter, "_patch_builtin", patch_once)
         patch.setattr(interpreter, "_patch_lang_tensor", patch_tensor_with_index)
+        patch.setattr(interpreter, "_patch_lang", patch_once)
+        patch.setattr(interpreter, "_get_np_dtype", np_dtype_cached)
+        patch.setattr(interpreter.interpreter_builder, "options", replace(options, sanitize_overflow=False))
         yield
+    for scope in reversed(scopes.values()):
+        scope.restore()
 
 
 @pytest.fixture(autouse=True)
