@@ -1,68 +1,57 @@
-"""The CUDA kernels under nvcc: no spills, registers within bounds, accesses as wide as they are meant to be.
+"""The CUDA kernels as they are built: no spills, registers within bounds, accesses as wide as they are meant to be.
 
-Needs the CUDA toolkit and no GPU.
+Needs cuobjdump, and an extension that was built for one of the architectures; no GPU.
 """
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-KERNELS = ROOT / "csrc" / "cuda"
-BUILD = ROOT / "build" / "cuda_compile"
-#: One of those in the static report (bench/static.py): each takes minutes, and tests/test_static.py holds that report,
-#: of sm_80, sm_90 and sm_100, to these sources.
-ARCHITECTURES = ("sm_90",)
+#: Those that a build without TORCH_CUDA_ARCH_LIST has.
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
 #: The 65536 of a multiprocessor by fused_norm::Keep: three blocks of 256 threads that hold their rows in registers, one
 #: of 1024 that holds a row in shared memory, three of 256 with a slice each.
 MOST_REGISTERS = (80, 64, 80)
 
 
-def cuda_home() -> Path | None:
-    """A toolkit that has its headers: an nvcc found on PATH may be a script that stands before it."""
-    nvcc = shutil.which("nvcc")
-    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    if nvcc is not None:
-        candidates.append(str(Path(nvcc).resolve().parent.parent))
-    candidates += sorted(map(str, Path("/usr/local").glob("cuda-*")))
-    for home in map(Path, filter(None, candidates)):
-        if (home / "include" / "cuda_runtime.h").exists() and (home / "bin" / "nvcc").exists():
-            return home
-    return None
-
-
 def cuobjdump() -> str | None:
     """The toolkit's, or the one that comes with triton."""
-    home, triton = cuda_home(), find_spec("triton")
-    places = [home / "bin"] if home else []
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    places = [Path(home) / "bin" for home in homes if home]
+    triton = find_spec("triton")
     if triton is not None and triton.origin is not None:
         places.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
     return shutil.which("cuobjdump", path=os.pathsep.join([os.environ.get("PATH", ""), *map(str, places)]))
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(cuda_home() is None, reason="no CUDA toolkit here")]
+needs_cuobjdump = pytest.mark.skipif(cuobjdump() is None, reason="no cuobjdump here (CUDA toolkit, triton)")
+pytestmark = needs_cuobjdump
+
+
+def dump(*options: str, cwd: Path | None = None) -> str:
+    return subprocess.run([cuobjdump(), *options], check=True, text=True, capture_output=True, cwd=cwd).stdout
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One instantiation as ptxas reports it."""
+    """What one instantiation takes; local memory beside the stack frame."""
 
     symbol: str
     registers: int
     stack: int
-    spilled: int
+    local: int
 
     @property
     def switches(self) -> tuple[bool, bool, int]:
@@ -71,63 +60,51 @@ class Kernel:
         return rms == "1", vector == "1", int(keep)
 
 
-def compile_for(architecture: str, name: str = "norm_forward") -> tuple[Path, str]:
-    """The cubin of csrc/cuda/NAME.cu and what ptxas said, kept in the build folder by a name made of what went in."""
-    home = cuda_home()
-    command = [str(home / "bin" / "nvcc"), "-std=c++17", "-O3", f"-arch={architecture}", "-cubin", "-Xptxas", "-v"]
-    version = subprocess.run([command[0], "--version"], check=True, capture_output=True).stdout
-    sources = sorted(p for p in KERNELS.iterdir() if p.suffix in (".h", ".cuh") or p.name == f"{name}.cu")
-    digest = hashlib.sha256(repr(command).encode() + version)
-    for path in sources:
-        digest.update(path.read_bytes())
-    BUILD.mkdir(parents=True, exist_ok=True)
-    cubin = BUILD / f"{name}-{digest.hexdigest()[:16]}.cubin"
-    log = cubin.with_suffix(".log")
-    if not log.exists():
-        source = str(KERNELS / f"{name}.cu")
-        done = subprocess.run([*command, source, "-o", str(cubin)], text=True, capture_output=True)
-        assert done.returncode == 0, done.stderr
-        log.write_text(done.stdout + done.stderr)
-    return cubin, log.read_text()
-
-
-@pytest.fixture(scope="module")
-def compiled() -> dict[str, tuple[Path, str]]:
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(ARCHITECTURES, pool.map(compile_for, ARCHITECTURES), strict=True))
-
-
-def kernels(log: str) -> list[Kernel]:
-    pattern = (
-        r"Function properties for (\S+)\n"
-        r"\s*(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
-        r".*?Used (\d+) registers"
-    )
-    return [Kernel(s, int(r), int(frame), int(a) + int(b)) for s, frame, a, b, r in re.findall(pattern, log)]
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_registers_and_spills(compiled: dict[str, tuple[Path, str]], architecture: str) -> None:
-    found = kernels(compiled[architecture][1])
-    # 6 pairs of types, layer and rms; in registers, in shared memory, in slices, element by element.
-    assert len(found) == 6 * 2 * 4
-    for kernel in found:
-        assert kernel.stack == 0 and kernel.spilled == 0, kernel
-        assert kernel.registers <= MOST_REGISTERS[kernel.switches[2]], kernel
+def kernels(cubin: Path) -> list[Kernel]:
+    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)\s.*?LOCAL:(\d+)", dump("-res-usage", str(cubin)))
+    return [Kernel(symbol, *map(int, numbers)) for symbol, *numbers in found]
 
 
 def disassembled(cubin: Path) -> Iterator[tuple[str, str]]:
     """Each function of the cubin and its machine code."""
-    text = subprocess.run([cuobjdump(), "--dump-sass", str(cubin)], check=True, text=True, capture_output=True).stdout
-    _, *pieces = re.split(r"Function : (\S+)", text)
+    _, *pieces = re.split(r"Function : (\S+)", dump("--dump-sass", str(cubin)))
     yield from zip(pieces[::2], pieces[1::2], strict=True)
 
 
-@pytest.mark.skipif(cuobjdump() is None, reason="no cuobjdump here (CUDA toolkit, triton)")
+@functools.cache
+def _cubins() -> tempfile.TemporaryDirectory:
+    """The extension's cubins, one for each architecture and source, until this process ends."""
+    extension = find_spec("fused_norm._C_cuda")
+    if extension is None:
+        pytest.skip("the CUDA extension is not built")
+    folder = tempfile.TemporaryDirectory()
+    dump("-xelf", "all", extension.origin, cwd=Path(folder.name))
+    return folder
+
+
+def cubin_of(architecture: str, name: str) -> Path:
+    """What csrc/cuda/NAME.cu became in the extension."""
+    cubins = list(Path(_cubins().name).glob(f"*.{architecture}.cubin"))
+    if not cubins:
+        pytest.skip(f"the CUDA extension was not built for {architecture}")
+    (cubin,) = [c for c in cubins if any(name in k.symbol for k in kernels(c))]
+    return cubin
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_aligned_rows_move_16_bytes_at_a_time(compiled: dict[str, tuple[Path, str]], architecture: str) -> None:
+def test_registers_and_spills(architecture: str) -> None:
+    found = kernels(cubin_of(architecture, "norm_forward"))
+    # 6 pairs of types, layer and rms; in registers, in shared memory, in slices, element by element.
+    assert len(found) == 6 * 2 * 4
+    for kernel in found:
+        assert kernel.stack == kernel.local == 0, kernel
+        assert kernel.registers <= MOST_REGISTERS[kernel.switches[2]], kernel
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_aligned_rows_move_16_bytes_at_a_time(architecture: str) -> None:
     seen = 0
-    for symbol, code in disassembled(compiled[architecture][0]):
+    for symbol, code in disassembled(cubin_of(architecture, "norm_forward")):
         rms, vector, keep = Kernel(symbol, 0, 0, 0).switches
         accesses = re.findall(r"\b(LDG|STG|LDGSTS)\.E((?:\.[A-Z0-9]+)*)", code)
         wide = [kind for kind, suffix in accesses if ".128" in suffix]

@@ -1,5 +1,5 @@
 """The CUDA backward kernels of the norms: run on the CPU thread by thread, as test_cuda_emulation.py does forward's;
-under nvcc, as in test_cuda_compile.py; and on a GPU, as test_cuda_native.py does.
+built, as in test_cuda_compile.py; and on a GPU, as test_cuda_native.py does.
 
 Every call runs under two orders of the warps and with copies that arrive as early and as late as they may, and must
 give the same bits.
@@ -8,12 +8,9 @@ give the same bits.
 from __future__ import annotations
 
 import math
-import os
 import re
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,7 +24,7 @@ from cuda_emulation.emulator import (
     BackwardResult,
     missing,
 )
-from test_cuda_compile import ARCHITECTURES, compile_for, cuda_home, cuobjdump, disassembled, kernels
+from test_cuda_compile import ARCHITECTURES, cubin_of, disassembled, kernels, needs_cuobjdump
 from torch import Tensor
 
 from fused_norm import reference
@@ -39,7 +36,6 @@ FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.flo
 EPS = 0.1
 
 emulated = pytest.mark.skipif(missing() is not None, reason=f"no emulation here: {missing()}")
-compiles = pytest.mark.skipif(cuda_home() is None, reason="no CUDA toolkit here")
 on_gpu = pytest.mark.skipif(native.unavailable("cuda") is not None, reason=str(native.unavailable("cuda")))
 
 each_op = pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
@@ -360,35 +356,25 @@ def test_rows_more_than_two_to_the_31_elements_apart(emulator: BackwardEmulator)
         run_and_check(emulator, draw(2, 64, BF16, **strides), draw(2, 4096, BF16, **strides))
 
 
-# ---------------------------------------------------------------------------------------------------------- under nvcc
+# ------------------------------------------------------------------------------------------------------------- as built
 
 
-@pytest.fixture(scope="module")
-def compiled() -> dict[str, tuple[Path, str]]:
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        pairs = pool.map(lambda architecture: compile_for(architecture, "norm_backward"), ARCHITECTURES)
-        return dict(zip(ARCHITECTURES, pairs, strict=True))
-
-
-@compiles
-@pytest.mark.slow
+@needs_cuobjdump
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_registers_and_spills(compiled: dict[str, tuple[Path, str]], architecture: str) -> None:
-    found = kernels(compiled[architecture][1])
+def test_registers_and_spills(architecture: str) -> None:
+    found = kernels(cubin_of(architecture, "norm_backward"))
     # 4 types: element by element, layer and rms alone and in clusters; the plain kernel; and the sum of the parts.
     assert len(found) == 4 * (5 + 1 + 1)
     for kernel in found:
-        assert kernel.stack == 0 and kernel.spilled == 0, kernel
+        assert kernel.stack == kernel.local == 0, kernel
         assert kernel.registers <= 128, kernel  # two blocks of 256 threads fill a multiprocessor
 
 
-@compiles
-@pytest.mark.slow
-@pytest.mark.skipif(cuobjdump() is None, reason="no cuobjdump here (CUDA toolkit, triton)")
+@needs_cuobjdump
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_aligned_rows_move_16_bytes_at_a_time(compiled: dict[str, tuple[Path, str]], architecture: str) -> None:
+def test_aligned_rows_move_16_bytes_at_a_time(architecture: str) -> None:
     seen = 0
-    for symbol, code in disassembled(compiled[architecture][0]):
+    for symbol, code in disassembled(cubin_of(architecture, "norm_backward")):
         assert not re.search(r"\b(LDL|STL)\b", code), symbol  # no register array in local memory
         if "norm_backward_kernel" not in symbol:
             continue

@@ -1,5 +1,5 @@
 """The CUDA kernels of the ticks loss: emulated on the CPU under sanitizers, as the norms' (test_cuda_emulation.py) are;
-under nvcc, as in test_cuda_compile.py; and on a GPU, as in test_cuda_native.py.
+built, as in test_cuda_compile.py; and on a GPU, as in test_cuda_native.py.
 
 The tests marked ``small`` also run under compute-sanitizer (``make gpu``).
 """
@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import re
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from cuda_emulation.emulator import KERNELS, EmulationError, TicksCall, TicksEmulator, TicksResult, missing
-from test_cuda_compile import ARCHITECTURES, compile_for, cuda_home, cuobjdump, disassembled, kernels
+from test_cuda_compile import ARCHITECTURES, cubin_of, disassembled, kernels, needs_cuobjdump
 from torch import Tensor
 
 from fused_norm import reference
@@ -27,7 +25,6 @@ from fused_norm.backends import native
 from fused_norm.testing import error_limit, relative_error, typical_rounding
 
 emulated = pytest.mark.skipif(missing() is not None, reason=f"no emulation here: {missing()}")
-compiles = pytest.mark.skipif(cuda_home() is None, reason="no CUDA toolkit here")
 on_gpu = pytest.mark.skipif(native.unavailable("cuda") is not None, reason=str(native.unavailable("cuda")))
 
 FP64, FP32, BF16, FP16 = DTYPES = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -621,7 +618,7 @@ def test_a_planted_bug_is_caught(emulator: TicksEmulator, bug: str, tmp_path: Pa
             try_bug(broken, planted_bug, call)
 
 
-# ---------------------------------------------------------------------------------------------------------- under nvcc
+# ------------------------------------------------------------------------------------------------------------- as built
 
 
 @dataclass(frozen=True)
@@ -639,40 +636,30 @@ class Switches:
         return cls(dtype == "d", *(flag == "1" for flag in flags))
 
 
-@pytest.fixture(scope="module")
-def compiled() -> dict[tuple[str, str], tuple[Path, str]]:
-    pairs = list(itertools.product(ARCHITECTURES, ("ticks_forward", "ticks_backward")))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(pairs, pool.map(lambda pair: compile_for(*pair), pairs), strict=True))
-
-
 each_compiled = pytest.mark.parametrize(
     "architecture, name", list(itertools.product(ARCHITECTURES, ("ticks_forward", "ticks_backward")))
 )
 
 
-@compiles
-@pytest.mark.slow
+@needs_cuobjdump
 @each_compiled
-def test_registers_and_spills(compiled: dict, architecture: str, name: str) -> None:
-    found = kernels(compiled[architecture, name][1])
+def test_registers_and_spills(architecture: str, name: str) -> None:
+    found = kernels(cubin_of(architecture, name))
     # 4 types; hard targets with and without a softcap, and all else; by 16 bytes and element by element.
     assert len(found) == 4 * 3 * 2
     for kernel in found:
-        assert kernel.stack == 0 and kernel.spilled == 0, kernel
+        assert kernel.stack == kernel.local == 0, kernel
         switches = Switches.of(kernel.symbol)
         # What keeps 1024 threads on a multiprocessor; the general backward 768, and fp64 512.
         most = 128 if switches.fp64 else 80 if switches.general and name == "ticks_backward" else 64
         assert kernel.registers <= most, kernel
 
 
-@compiles
-@pytest.mark.slow
-@pytest.mark.skipif(cuobjdump() is None, reason="no cuobjdump here (CUDA toolkit, triton)")
+@needs_cuobjdump
 @each_compiled
-def test_aligned_rows_move_16_bytes_at_a_time(compiled: dict, architecture: str, name: str) -> None:
+def test_aligned_rows_move_16_bytes_at_a_time(architecture: str, name: str) -> None:
     seen = 0
-    for symbol, code in disassembled(compiled[architecture, name][0]):
+    for symbol, code in disassembled(cubin_of(architecture, name)):
         switches = Switches.of(symbol)
         accesses = re.findall(r"\b((?:LD|ST)G)\.E((?:\.[A-Z0-9]+)*)", code)
         wide = [kind for kind, suffix in accesses if ".128" in suffix]
