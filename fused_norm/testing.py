@@ -82,6 +82,9 @@ def relative_error(actual: Tensor, truth: Tensor) -> float:
     if actual.numel() != truth.numel():
         return float("inf")
     a, t = actual.detach().double().reshape(-1), truth.detach().double().reshape(-1).to(actual.device)
+    norm, error = t.norm().item(), (a - t).norm().item()
+    if math.isfinite(norm) and math.isfinite(error):  # so are all the numbers
+        return error / norm if norm else error
     finite = torch.isfinite(t)
     if not torch.equal(torch.isfinite(a), finite) or not torch.allclose(a[~finite], t[~finite], equal_nan=True):
         return float("inf")

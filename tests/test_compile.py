@@ -370,6 +370,8 @@ def test_fake_tensors(place) -> None:
 @both_ops
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 def test_opcheck_of_the_compiled_operators(op: str, dtype: torch.dtype, place) -> None:
+    if place.backend == "reference" and dtype not in (torch.float32, torch.bfloat16):
+        pytest.skip("formulas are traced alike in all dtypes of one kind")
     plan = f"{place.backend} {fused_norm.__version__}"
     for requires_grad in (False, True):
         x = torch.randn(3, 4, 24).to(place.device, dtype).requires_grad_(requires_grad)
