@@ -21,8 +21,11 @@ from torch import Tensor
 
 def unavailable(device_type: str) -> str | None:
     """None if this backend can serve ``device_type`` on this machine, else the reason why not."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
+    try:
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+    except Exception as error:  # a finder raises whatever it likes
+        return f"triton cannot be imported: {type(error).__name__}: {error}"
     if device_type == "cpu":
         if os.environ.get("TRITON_INTERPRET") != "1":
             return (
