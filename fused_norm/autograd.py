@@ -223,7 +223,7 @@ def _backward(dy, x, stats, weight, n, eps, rms, param_dtype, need_dx, dw_groups
     return _norm_backward(dy, x, stats, weight, n, rms, param_dtype, need_dx, dw_groups, db_groups, backend)
 
 
-def _shaped_as(d: Tensor, shape: torch.Size) -> Tensor:
+def shaped_as(d: Tensor, shape: torch.Size) -> Tensor:
     """A parameter's gradient, (groups, n), in the parameter's shape."""
     # One-dimensional parameters are of one group; a view of a new shape costs more than twice as much.
     return d.squeeze(0) if len(shape) == 1 else d.view(shape)
@@ -236,7 +236,7 @@ def gradients(dy, x, stats, weight, bias_like, n, eps, rms, needs, backend):
     dw_groups = weight.numel() // n if need_dw else 0
     db_groups = bias_like[1].numel() // n if need_db else 0
     dx, dw, db = _backward(dy, x, stats, weight, n, eps, rms, param_dtype, need_dx, dw_groups, db_groups, backend)
-    dw, db = _shaped_as(dw, weight.shape) if need_dw else None, _shaped_as(db, bias_like[1]) if need_db else None
+    dw, db = shaped_as(dw, weight.shape) if need_dw else None, shaped_as(db, bias_like[1]) if need_db else None
     return dx, dw, db
 
 

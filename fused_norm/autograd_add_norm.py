@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .autograd import Function, as_rows, gradients, legacy_batched, shaped_like, transforms_active
+from .autograd import Function, as_rows, gradients, legacy_batched, shaped_as, shaped_like, transforms_active
 
 
 def add_norm_forward(
@@ -88,7 +88,7 @@ class AddNorm(Function):
         return (
             dx if need_dx else None,
             dresidual if need_dresidual else None,
-            dw.view(weight.shape) if needs[1] else None,
-            db.view(ctx.bias_like[1]) if needs[2] else None,
+            shaped_as(dw, weight.shape) if needs[1] else None,
+            shaped_as(db, ctx.bias_like[1]) if needs[2] else None,
             *nothing,
         )
